@@ -1,0 +1,53 @@
+//! proto → Rust types and the descriptor set that server reflection serves. protox parses the
+//! proto in Rust, so building needs no protoc.
+
+use std::{env, error::Error, fs, path::PathBuf, process::Command};
+
+use prost::Message as _;
+
+const PROTO: &str = "chatmemory/v1/chat_memory.proto";
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let out_dir = PathBuf::from(env::var("OUT_DIR")?);
+
+    let descriptors = protox::compile([PROTO], ["proto"])?;
+    // compile_fds() does not write the descriptor set itself.
+    fs::write(
+        out_dir.join("chatmemory.v1.bin"),
+        descriptors.encode_to_vec(),
+    )?;
+    tonic_prost_build::configure()
+        // Our codec turns a request that cannot be decoded into INVALID_ARGUMENT.
+        .codec_path("crate::wire::Codec")
+        .bytes(".")
+        .compile_fds(descriptors)?;
+
+    println!("cargo:rustc-env=CHAT_MEMORY_COMMIT={}", commit());
+    Ok(())
+}
+
+/// The commit this is built from, for `--version`: from the environment where the sources come
+/// without git (an image build), else from git, else "unknown".
+fn commit() -> String {
+    println!("cargo:rerun-if-env-changed=CHAT_MEMORY_BUILD_COMMIT");
+    if let Ok(commit) = env::var("CHAT_MEMORY_BUILD_COMMIT")
+        && !commit.is_empty()
+    {
+        return commit;
+    }
+    for path in [".git/HEAD", ".git/logs/HEAD"] {
+        if fs::exists(path).unwrap_or(false) {
+            println!("cargo:rerun-if-changed={path}");
+        }
+    }
+    let described = Command::new("git")
+        .args(["rev-parse", "--short=12", "HEAD"])
+        .output();
+    match described {
+        Ok(output) if output.status.success() => {
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
+        }
+        _ => "unknown".to_owned(),
+    }
+}

@@ -1,0 +1,595 @@
+//! What a conversation is made of: sessions, messages, their rules and limits. Knows neither gRPC
+//! nor any store nor any model, and does no I/O.
+//!
+//! A value of these types has been checked: code that takes a [`SessionId`] or a [`Draft`] never
+//! checks again. [`Violation`]s name the field and the rule that it breaks.
+
+use std::fmt;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use serde_json::value::RawValue;
+use sha2::{Digest as _, Sha256};
+use ulid::Ulid;
+
+/// Bytes of a session id, at most. Redis allows more; a key this long is already odd.
+pub const SESSION_ID_BYTES_MAX: usize = 512;
+/// Bytes of ids and names inside a message, and of request and turn ids, at most.
+pub const NAME_BYTES_MAX: usize = 256;
+/// Bytes of one message at most, as [`Draft::size`] counts them.
+pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
+/// Messages of one batch at most.
+pub const BATCH_MESSAGES_MAX: usize = 100;
+/// Bytes of the messages of one batch together, at most. Below the 4 MiB that gRPC
+/// implementations accept by default, so that the answer, which repeats them, arrives.
+pub const BATCH_BYTES_MAX: usize = 3 << 20;
+/// Messages of one page at most.
+pub const PAGE_MESSAGES_MAX: usize = 1_000;
+/// Messages of one page if the caller does not say.
+pub const PAGE_MESSAGES_DEFAULT: usize = 100;
+/// Bytes of one page at most, as it goes over the wire. Below gRPC's default of 4 MiB.
+pub const PAGE_BYTES_MAX: usize = 3 << 20;
+/// Bytes of a model's answer at most.
+pub const ANSWER_BYTES_MAX: usize = 1 << 20;
+/// Levels of nesting in JSON that a client sends, at most. LangChain's reader has limits too.
+pub const JSON_DEPTH_MAX: usize = 100;
+
+/// A rule that a field of a request breaks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {rule}")]
+pub struct Violation {
+    /// The field, as a path: `messages[2].tool_calls[0].arguments`.
+    pub field: String,
+    /// What the field must be.
+    pub rule: String,
+}
+
+impl Violation {
+    pub fn new(field: impl Into<String>, rule: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            rule: rule.into(),
+        }
+    }
+}
+
+/// The name of a session: 1 to 512 bytes of UTF-8 without control characters and braces.
+///
+/// Braces are Redis Cluster's hash tags; without them, every key of a session can share a slot.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(String);
+
+impl SessionId {
+    pub fn parse(text: impl Into<String>) -> Result<Self, Violation> {
+        const FIELD: &str = "session_id";
+        let text = text.into();
+        if text.is_empty() {
+            return Err(Violation::new(FIELD, "is required"));
+        }
+        check_name(FIELD, &text, SESSION_ID_BYTES_MAX)?;
+        if text.contains(['{', '}']) {
+            return Err(Violation::new(FIELD, "must not contain `{` or `}`"));
+        }
+        Ok(Self(text))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Checks a name or an id that a client gave: its length, and that it has no control characters.
+pub fn check_name(field: &str, text: &str, bytes_max: usize) -> Result<(), Violation> {
+    if text.len() > bytes_max {
+        let rule = format!("must be at most {bytes_max} bytes, is {}", text.len());
+        return Err(Violation::new(field, rule));
+    }
+    if text.chars().any(char::is_control) {
+        return Err(Violation::new(field, "must not contain control characters"));
+    }
+    Ok(())
+}
+
+/// Who speaks.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Role {
+    System,
+    User,
+    Assistant,
+    Tool,
+    /// Any other, by its name.
+    Other(String),
+}
+
+impl Role {
+    /// The role's name, for people.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+            Self::Other(name) => name,
+        }
+    }
+}
+
+/// What a message says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Content {
+    /// One text; may be empty.
+    Text(String),
+    /// A list of pieces; may be empty.
+    Parts(Vec<Part>),
+}
+
+impl Content {
+    /// The text, or all texts of the pieces joined.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Parts(parts) => parts.iter().filter_map(Part::text).collect(),
+        }
+    }
+}
+
+/// A piece of a message's contents.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Part {
+    Text(String),
+    ImageUrl {
+        url: String,
+        detail: Option<String>,
+    },
+    InlineData {
+        media_type: String,
+        data: bytes::Bytes,
+    },
+    /// Any other piece, as its JSON.
+    Json(Json),
+}
+
+impl Part {
+    /// The piece's text: of a text, or of JSON that is a bare string.
+    fn text(&self) -> Option<String> {
+        match self {
+            Self::Text(text) => Some(text.clone()),
+            Self::Json(json) => serde_json::from_str(json.as_str()).ok(),
+            Self::ImageUrl { .. } | Self::InlineData { .. } => None,
+        }
+    }
+
+    fn size(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::ImageUrl { url, detail } => url.len() + detail.as_ref().map_or(0, String::len),
+            Self::InlineData { media_type, data } => media_type.len() + data.len().div_ceil(3) * 4,
+            Self::Json(json) => json.as_str().len(),
+        }
+    }
+}
+
+/// The text of one JSON value, known to be well formed.
+#[derive(Debug, Clone)]
+pub struct Json(Box<RawValue>);
+
+impl Json {
+    /// Takes JSON from a client: well formed, not nested too deep, without lone surrogates.
+    pub fn parse(field: &str, text: &str) -> Result<Self, Violation> {
+        let value: serde_json::Value = serde_json::from_str(text)
+            .map_err(|error| Violation::new(field, format!("must be JSON: {error}")))?;
+        if depth(&value) > JSON_DEPTH_MAX {
+            let rule = format!("must be nested at most {JSON_DEPTH_MAX} deep");
+            return Err(Violation::new(field, rule));
+        }
+        let raw = RawValue::from_string(text.to_owned())
+            .map_err(|error| Violation::new(field, format!("must be JSON: {error}")))?;
+        Ok(Self(raw))
+    }
+
+    /// Takes JSON as a store or a model holds it.
+    pub fn from_raw(raw: Box<RawValue>) -> Self {
+        Self(raw)
+    }
+
+    pub fn as_str(&self) -> &str {
+        self.0.get()
+    }
+
+    pub fn is_object(&self) -> bool {
+        self.as_str().trim_start().starts_with('{')
+    }
+
+    pub fn is_string(&self) -> bool {
+        self.as_str().trim_start().starts_with('"')
+    }
+}
+
+impl PartialEq for Json {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_str() == other.as_str()
+    }
+}
+
+fn depth(value: &serde_json::Value) -> usize {
+    match value {
+        serde_json::Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+        serde_json::Value::Object(fields) => 1 + fields.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+/// A tool that the model asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ToolCall {
+    /// May be empty: some providers give none.
+    pub id: String,
+    pub name: String,
+    /// One JSON object.
+    pub arguments: Json,
+}
+
+/// Tokens, as the provider counted them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    pub input_tokens: i64,
+    pub output_tokens: i64,
+    pub total_tokens: i64,
+}
+
+/// A message as a client gives it: all but what the server adds. Make one with [`Draft::check`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Draft {
+    /// The client's id, if it chose one.
+    pub id: Option<String>,
+    pub role: Role,
+    pub content: Content,
+    pub tool_calls: Vec<ToolCall>,
+    pub tool_call_id: Option<String>,
+    pub name: Option<String>,
+    pub usage: Option<Usage>,
+    pub reasoning: Option<String>,
+    /// The client's own facts: a JSON object.
+    pub metadata: Option<Json>,
+    /// What LangChain keeps with the message and what has no field here: a JSON object.
+    pub langchain: Option<Json>,
+}
+
+impl Draft {
+    /// A message of nothing but a role and a text.
+    pub fn text(role: Role, text: impl Into<String>) -> Self {
+        Self {
+            id: None,
+            role,
+            content: Content::Text(text.into()),
+            tool_calls: Vec::new(),
+            tool_call_id: None,
+            name: None,
+            usage: None,
+            reasoning: None,
+            metadata: None,
+            langchain: None,
+        }
+    }
+
+    /// Checks the rules of a message, as the proto states them. `path` is where it stands in the
+    /// request: `messages[3]`.
+    pub fn check(self, path: &str) -> Result<Self, Violation> {
+        let field = |name: &str| format!("{path}.{name}");
+        let names = [
+            ("id", &self.id),
+            ("name", &self.name),
+            ("tool_call_id", &self.tool_call_id),
+        ];
+        for (name, value) in names {
+            if let Some(value) = value {
+                check_name(&field(name), value, NAME_BYTES_MAX)?;
+            }
+        }
+
+        let is_assistant = self.role == Role::Assistant;
+        if !is_assistant && !self.tool_calls.is_empty() {
+            return Err(Violation::new(
+                field("tool_calls"),
+                "is for ROLE_ASSISTANT only",
+            ));
+        }
+        if !is_assistant && self.usage.is_some() {
+            return Err(Violation::new(field("usage"), "is for ROLE_ASSISTANT only"));
+        }
+        if !is_assistant && self.reasoning.is_some() {
+            return Err(Violation::new(
+                field("reasoning"),
+                "is for ROLE_ASSISTANT only",
+            ));
+        }
+        match (&self.role, &self.tool_call_id) {
+            (Role::Tool, None) => {
+                return Err(Violation::new(
+                    field("tool_call_id"),
+                    "is required with ROLE_TOOL",
+                ));
+            }
+            (Role::Tool, Some(_)) | (_, None) => {}
+            (_, Some(_)) => {
+                return Err(Violation::new(
+                    field("tool_call_id"),
+                    "is for ROLE_TOOL only",
+                ));
+            }
+        }
+        self.check_other_role(path)?;
+        for (index, call) in self.tool_calls.iter().enumerate() {
+            let call_path = format!("{path}.tool_calls[{index}]");
+            if call.name.is_empty() {
+                return Err(Violation::new(format!("{call_path}.name"), "is required"));
+            }
+            check_name(&format!("{call_path}.name"), &call.name, NAME_BYTES_MAX)?;
+            check_name(&format!("{call_path}.id"), &call.id, NAME_BYTES_MAX)?;
+        }
+        if let Some(usage) = self.usage {
+            let counts = [usage.input_tokens, usage.output_tokens, usage.total_tokens];
+            if counts.iter().any(|count| *count < 0) {
+                return Err(Violation::new(field("usage"), "must not be negative"));
+            }
+        }
+
+        let is_remove = self.role == Role::Other("remove".to_owned());
+        let may_be_empty = self.role == Role::Tool || is_remove || self.langchain.is_some();
+        let says_nothing = match &self.content {
+            Content::Text(text) => text.is_empty(),
+            Content::Parts(parts) => parts.is_empty(),
+        };
+        if says_nothing && self.tool_calls.is_empty() && !may_be_empty {
+            return Err(Violation::new(
+                field("content"),
+                "is required where there are neither parts nor tool_calls",
+            ));
+        }
+        if self.size() > MESSAGE_BYTES_MAX {
+            let rule = format!(
+                "must be at most {MESSAGE_BYTES_MAX} bytes, is {}",
+                self.size()
+            );
+            return Err(Violation::new(path, rule));
+        }
+        Ok(self)
+    }
+
+    fn check_other_role(&self, path: &str) -> Result<(), Violation> {
+        let Role::Other(role_name) = &self.role else {
+            return Ok(());
+        };
+        let field = format!("{path}.role_name");
+        if role_name.is_empty() {
+            return Err(Violation::new(field, "is required with ROLE_OTHER"));
+        }
+        check_name(&field, role_name, NAME_BYTES_MAX)?;
+        if role_name == "function" && self.name.is_none() {
+            let rule = "is required with the role `function`";
+            return Err(Violation::new(format!("{path}.name"), rule));
+        }
+        if role_name == "remove" {
+            if self.id.is_none() {
+                let rule = "is required with the role `remove`";
+                return Err(Violation::new(format!("{path}.id"), rule));
+            }
+            if self.content != Content::Text(String::new()) {
+                let rule = "must be empty with the role `remove`";
+                return Err(Violation::new(format!("{path}.content"), rule));
+            }
+        }
+        Ok(())
+    }
+
+    /// The message's size in bytes: its texts, and data as base64.
+    pub fn size(&self) -> usize {
+        let optional = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let json = |json: &Option<Json>| json.as_ref().map_or(0, |json| json.as_str().len());
+        let content = match &self.content {
+            Content::Text(text) => text.len(),
+            Content::Parts(parts) => parts.iter().map(Part::size).sum(),
+        };
+        let calls: usize = self
+            .tool_calls
+            .iter()
+            .map(|call| call.id.len() + call.name.len() + call.arguments.as_str().len())
+            .sum();
+        let names = [&self.id, &self.tool_call_id, &self.name, &self.reasoning];
+        content
+            + calls
+            + names.into_iter().map(optional).sum::<usize>()
+            + json(&self.metadata)
+            + json(&self.langchain)
+    }
+}
+
+/// Checks a batch: how many messages, and how large together.
+pub fn check_batch(drafts: &[Draft]) -> Result<(), Violation> {
+    const FIELD: &str = "messages";
+    if drafts.is_empty() {
+        return Err(Violation::new(FIELD, "is required"));
+    }
+    let size: usize = drafts.iter().map(Draft::size).sum();
+    if size > BATCH_BYTES_MAX {
+        let rule = format!("must be at most {BATCH_BYTES_MAX} bytes together, is {size}");
+        return Err(Violation::new(FIELD, rule));
+    }
+    Ok(())
+}
+
+/// A moment, in milliseconds since 1970-01-01 UTC.
+pub type UnixMillis = i64;
+
+/// The moment it is now.
+pub fn now_ms() -> UnixMillis {
+    let since_epoch = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The prefix of message ids that the server makes. What follows is a ULID, which holds the time
+/// at which the message was created.
+///
+/// (Not `msg_`: LangChain sends ids that begin so to OpenAI as OpenAI's own.)
+const ID_PREFIX: &str = "cm_";
+
+/// Makes the id of a message that the client gave none: `cm_` and a ULID of the time and of what
+/// makes the message unique. The same arguments give the same id, so a repeated request can be
+/// answered without having kept the first answer.
+pub fn make_id(session: &SessionId, request: &str, index: usize, time_ms: UnixMillis) -> String {
+    let mut digest = Sha256::new();
+    for text in [session.as_str(), request] {
+        digest.update((text.len() as u64).to_be_bytes());
+        digest.update(text);
+    }
+    digest.update((index as u64).to_be_bytes());
+    let hash = digest.finalize();
+    let mut random = [0; 16];
+    random.copy_from_slice(&hash[..16]);
+    let ulid = Ulid::from_parts(time_ms.max(0) as u64, u128::from_be_bytes(random));
+    format!("{ID_PREFIX}{ulid}")
+}
+
+/// When a message with this id was created, if the server made the id.
+pub fn time_of_id(id: &str) -> Option<UnixMillis> {
+    let ulid = Ulid::from_string(id.strip_prefix(ID_PREFIX)?).ok()?;
+    i64::try_from(ulid.timestamp_ms()).ok()
+}
+
+/// A message as a session holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// Its contents. `draft.id` is `None` only if another program stored it so.
+    pub draft: Draft,
+    /// When the server stored it; `None` if another program did.
+    pub create_time_ms: Option<UnixMillis>,
+    /// The answer was stopped before its end.
+    pub interrupted: bool,
+    /// The turn that stored it.
+    pub turn_id: Option<String>,
+}
+
+impl Message {
+    /// A message that the server stores now.
+    pub fn new(mut draft: Draft, id: String, create_time_ms: UnixMillis) -> Self {
+        draft.id.get_or_insert(id);
+        Self {
+            draft,
+            create_time_ms: Some(create_time_ms),
+            interrupted: false,
+            turn_id: None,
+        }
+    }
+}
+
+/// The base64 text of data, as messages hold it.
+pub fn base64(data: &[u8]) -> String {
+    BASE64.encode(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule_of(result: Result<Draft, Violation>) -> String {
+        result.expect_err("must be refused").to_string()
+    }
+
+    #[test]
+    fn a_session_id_follows_the_rules_at_their_edges() {
+        assert!(SessionId::parse("x".repeat(512)).is_ok());
+        assert!(SessionId::parse("Ünïcödé 会話 🎉:/#*?[a]").is_ok());
+        for (bad, rule) in [
+            (String::new(), "session_id: is required"),
+            (
+                "x".repeat(513),
+                "session_id: must be at most 512 bytes, is 513",
+            ),
+            (
+                "a\nb".into(),
+                "session_id: must not contain control characters",
+            ),
+            (
+                "a\u{85}b".into(),
+                "session_id: must not contain control characters",
+            ),
+            ("a{b".into(), "session_id: must not contain `{` or `}`"),
+            ("}".into(), "session_id: must not contain `{` or `}`"),
+        ] {
+            let violation = SessionId::parse(bad).expect_err(rule);
+            assert_eq!(violation.to_string(), rule);
+        }
+    }
+
+    #[test]
+    fn a_message_of_exactly_the_limit_passes_and_one_byte_more_does_not() {
+        let fits = Draft::text(Role::User, "x".repeat(MESSAGE_BYTES_MAX));
+        assert!(fits.check("messages[0]").is_ok());
+        let over = Draft::text(Role::User, "x".repeat(MESSAGE_BYTES_MAX + 1));
+        assert_eq!(
+            rule_of(over.check("messages[0]")),
+            "messages[0]: must be at most 1048576 bytes, is 1048577"
+        );
+    }
+
+    #[test]
+    fn fields_belong_to_their_roles() {
+        let call = ToolCall {
+            id: "c1".into(),
+            name: "add".into(),
+            arguments: Json::parse("arguments", "{}").unwrap(),
+        };
+        let mut user = Draft::text(Role::User, "hi");
+        user.tool_calls.push(call.clone());
+        assert_eq!(
+            rule_of(user.check("m")),
+            "m.tool_calls: is for ROLE_ASSISTANT only"
+        );
+        let tool = Draft::text(Role::Tool, "3");
+        assert_eq!(
+            rule_of(tool.check("m")),
+            "m.tool_call_id: is required with ROLE_TOOL"
+        );
+        let mut assistant = Draft::text(Role::Assistant, "");
+        assert_eq!(
+            rule_of(assistant.clone().check("m")),
+            "m.content: is required where there are neither parts nor tool_calls"
+        );
+        assistant.tool_calls.push(call);
+        assert!(assistant.check("m").is_ok());
+        assert_eq!(
+            rule_of(Draft::text(Role::Other(String::new()), "x").check("m")),
+            "m.role_name: is required with ROLE_OTHER"
+        );
+    }
+
+    #[test]
+    fn json_from_a_client_is_bounded_and_well_formed() {
+        let nested = |levels: usize| "[".repeat(levels) + &"]".repeat(levels);
+        assert!(Json::parse("f", &nested(JSON_DEPTH_MAX)).is_ok());
+        assert!(Json::parse("f", &nested(JSON_DEPTH_MAX + 1)).is_err());
+        assert!(Json::parse("f", &nested(100_000)).is_err());
+        assert!(Json::parse("f", r#"{"a": NaN}"#).is_err());
+        assert!(Json::parse("f", r#""\ud800""#).is_err());
+        let big = Json::parse("f", "123456789012345678901234567890").unwrap();
+        assert_eq!(big.as_str(), "123456789012345678901234567890");
+    }
+
+    #[test]
+    fn a_made_id_is_the_same_for_the_same_request_and_holds_its_time() {
+        let session = SessionId::parse("s").unwrap();
+        let id = make_id(&session, "r", 0, 1_763_910_000_123);
+        assert_eq!(id, make_id(&session, "r", 0, 1_763_910_000_123));
+        assert_ne!(id, make_id(&session, "r", 1, 1_763_910_000_123));
+        assert_ne!(id, make_id(&session, "q", 0, 1_763_910_000_123));
+        assert_eq!(time_of_id(&id), Some(1_763_910_000_123));
+        assert_eq!(time_of_id("run-123"), None);
+    }
+}
