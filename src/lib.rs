@@ -1,5 +1,6 @@
 //! chat-memory: a gRPC memory server for LLM chats.
 
+pub mod langchain;
 pub mod message;
 pub mod model;
 pub mod store;
