@@ -22,6 +22,9 @@ pub const BATCH_MESSAGES_MAX: usize = 100;
 /// Bytes of the messages of one batch together, at most. Below the 4 MiB that gRPC
 /// implementations accept by default, so that the answer, which repeats them, arrives.
 pub const BATCH_BYTES_MAX: usize = 3 << 20;
+/// Bytes of the new messages of one turn together, at most. With the answer, which comes back in
+/// one event with them, it stays below 4 MiB too.
+pub const TURN_BYTES_MAX: usize = 2 << 20;
 /// Messages of one page at most.
 pub const PAGE_MESSAGES_MAX: usize = 1_000;
 /// Messages of one page if the caller does not say.
@@ -410,14 +413,14 @@ impl Draft {
 }
 
 /// Checks a batch: how many messages, and how large together.
-pub fn check_batch(drafts: &[Draft]) -> Result<(), Violation> {
+pub fn check_batch(drafts: &[Draft], bytes_max: usize) -> Result<(), Violation> {
     const FIELD: &str = "messages";
     if drafts.is_empty() {
         return Err(Violation::new(FIELD, "is required"));
     }
     let size: usize = drafts.iter().map(Draft::size).sum();
-    if size > BATCH_BYTES_MAX {
-        let rule = format!("must be at most {BATCH_BYTES_MAX} bytes together, is {size}");
+    if size > bytes_max {
+        let rule = format!("must be at most {bytes_max} bytes together, is {size}");
         return Err(Violation::new(FIELD, rule));
     }
     Ok(())
@@ -487,6 +490,22 @@ impl Message {
             turn_id: None,
         }
     }
+}
+
+/// The messages of one append, as they are stored under its request id at that moment. The same
+/// arguments give the same messages.
+pub fn stored_messages(
+    session: &SessionId,
+    request_id: &str,
+    drafts: Vec<Draft>,
+    time_ms: UnixMillis,
+) -> Vec<Message> {
+    let drafts = drafts.into_iter().enumerate();
+    let stored = drafts.map(|(index, draft)| {
+        let id = make_id(session, request_id, index, time_ms);
+        Message::new(draft, id, time_ms)
+    });
+    stored.collect()
 }
 
 /// The base64 text of data, as messages hold it.

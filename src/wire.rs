@@ -1,8 +1,731 @@
-//! Generated types ⇄ domain.
+//! Generated types ⇄ domain, page tokens, and the codec of requests. With [`crate::service`], the
+//! only code that sees generated types.
 
-use tonic::codec::{DecodeBuf, Decoder};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use prost::Message as _;
+use prost_types::{Struct, Value as StructValue, value::Kind};
+use serde_json::value::RawValue;
+use sha2::{Digest as _, Sha256};
+use tonic::{
+    Status,
+    codec::{DecodeBuf, Decoder},
+};
 
-/// Reads requests with prost.
+use crate::{
+    error, langchain,
+    message::{
+        BATCH_MESSAGES_MAX, Content, Draft, Json, MESSAGE_BYTES_MAX, Message, NAME_BYTES_MAX,
+        PAGE_BYTES_MAX, PAGE_MESSAGES_DEFAULT, PAGE_MESSAGES_MAX, Part, Role, SessionId, ToolCall,
+        Usage, Violation, check_batch, check_name,
+    },
+    model, pb,
+    store::{Body, Element, Order, Page, Read, Sequence},
+};
+
+type Checked<T> = Result<T, Violation>;
+
+// ---------------------------------------------------------------------------------------------
+// Messages
+
+/// Takes the messages of a request, which may have so many bytes together.
+pub fn parse_messages(messages: Vec<pb::Message>, bytes_max: usize) -> Checked<Vec<Draft>> {
+    if messages.len() > BATCH_MESSAGES_MAX {
+        let rule = format!(
+            "must be at most {BATCH_MESSAGES_MAX} messages, is {}",
+            messages.len()
+        );
+        return Err(Violation::new("messages", rule));
+    }
+    let mut drafts = Vec::with_capacity(messages.len());
+    for (index, message) in messages.into_iter().enumerate() {
+        drafts.push(parse_message(&format!("messages[{index}]"), message)?);
+    }
+    check_batch(&drafts, bytes_max)?;
+    Ok(drafts)
+}
+
+fn parse_message(path: &str, message: pb::Message) -> Checked<Draft> {
+    let role = parse_role(path, message.role, message.role_name)?;
+    let content = if message.parts.is_empty() {
+        Content::Text(message.content)
+    } else {
+        let parts = message.parts.into_iter().enumerate();
+        let parts = parts.map(|(index, part)| parse_part(&format!("{path}.parts[{index}]"), part));
+        Content::Parts(parts.collect::<Checked<_>>()?)
+    };
+    let mut tool_calls = Vec::with_capacity(message.tool_calls.len());
+    for (index, call) in message.tool_calls.into_iter().enumerate() {
+        let field = format!("{path}.tool_calls[{index}].arguments");
+        let text = if call.arguments.trim().is_empty() {
+            "{}"
+        } else {
+            &call.arguments
+        };
+        let arguments = Json::parse(&field, text)?;
+        if !arguments.is_object() {
+            return Err(Violation::new(field, "must be a JSON object"));
+        }
+        tool_calls.push(ToolCall {
+            id: call.id,
+            name: call.name,
+            arguments,
+        });
+    }
+    let usage = message.usage.map(|usage| Usage {
+        input_tokens: usage.input_tokens,
+        output_tokens: usage.output_tokens,
+        total_tokens: match usage.total_tokens {
+            0 => usage.input_tokens.saturating_add(usage.output_tokens),
+            total => total,
+        },
+    });
+    let (metadata, langchain) = parse_metadata(path, message.metadata)?;
+    let draft = Draft {
+        id: not_empty(message.id),
+        role,
+        content,
+        tool_calls,
+        tool_call_id: not_empty(message.tool_call_id),
+        name: not_empty(message.name),
+        usage,
+        reasoning: not_empty(message.reasoning),
+        metadata,
+        langchain,
+    };
+    let draft = draft.check(path)?;
+    langchain::check_extra(path, &draft)?;
+    Ok(draft)
+}
+
+fn not_empty(text: String) -> Option<String> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
+fn parse_role(path: &str, role: i32, role_name: String) -> Checked<Role> {
+    let field = || format!("{path}.role");
+    let role = match pb::Role::try_from(role) {
+        Ok(pb::Role::System) => Role::System,
+        Ok(pb::Role::User) => Role::User,
+        Ok(pb::Role::Assistant) => Role::Assistant,
+        Ok(pb::Role::Tool) => Role::Tool,
+        Ok(pb::Role::Other) => return Ok(Role::Other(role_name)),
+        Ok(pb::Role::Unspecified) => return Err(Violation::new(field(), "is required")),
+        Err(_) => return Err(Violation::new(field(), format!("{role} is not a role"))),
+    };
+    if !role_name.is_empty() {
+        let rule = "is for ROLE_OTHER only";
+        return Err(Violation::new(format!("{path}.role_name"), rule));
+    }
+    Ok(role)
+}
+
+fn parse_part(path: &str, part: pb::ContentPart) -> Checked<Part> {
+    use pb::content_part::Part as Given;
+    match part.part {
+        None => Err(Violation::new(path, "must have exactly one part set")),
+        Some(Given::Text(text)) => Ok(Part::Text(text)),
+        Some(Given::ImageUrl(image)) if image.url.is_empty() => Err(Violation::new(
+            format!("{path}.image_url.url"),
+            "is required",
+        )),
+        Some(Given::ImageUrl(image)) => Ok(Part::ImageUrl {
+            url: image.url,
+            detail: not_empty(image.detail),
+        }),
+        Some(Given::InlineData(data)) => {
+            let field = format!("{path}.inline_data.media_type");
+            check_name(&field, &data.media_type, NAME_BYTES_MAX)?;
+            let allowed = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b',' | b'"' | b';');
+            let halves = data.media_type.split_once('/');
+            let is_media_type = data.media_type.bytes().all(allowed)
+                && halves.is_some_and(|(kind, form)| !kind.is_empty() && !form.is_empty());
+            if !is_media_type {
+                return Err(Violation::new(field, "must be a media type: type/subtype"));
+            }
+            if data.data.is_empty() {
+                return Err(Violation::new(
+                    format!("{path}.inline_data.data"),
+                    "is required",
+                ));
+            }
+            Ok(Part::InlineData {
+                media_type: data.media_type,
+                data: data.data,
+            })
+        }
+        Some(Given::Json(text)) => {
+            let field = format!("{path}.json");
+            let json = Json::parse(&field, &text)?;
+            let value: serde_json::Value = serde_json::from_str(json.as_str()).unwrap_or_default();
+            let is_block = value.get("type").is_some_and(serde_json::Value::is_string);
+            if !is_block && !value.is_string() {
+                let rule = "must be a JSON object with a `type`, or a JSON string";
+                return Err(Violation::new(field, rule));
+            }
+            Ok(Part::Json(json))
+        }
+    }
+}
+
+/// Splits a message's metadata into the client's own and what is LangChain's.
+fn parse_metadata(path: &str, metadata: Option<Struct>) -> Checked<(Option<Json>, Option<Json>)> {
+    const LANGCHAIN: &str = "langchain";
+    let Some(mut metadata) = metadata else {
+        return Ok((None, None));
+    };
+    let field = format!("{path}.metadata");
+    let langchain = match metadata.fields.remove(LANGCHAIN) {
+        Some(value) => {
+            let field = format!("{field}.{LANGCHAIN}");
+            Some(Json::parse(&field, &value_to_json(&field, &value)?)?)
+        }
+        None => None,
+    };
+    let own = if metadata.fields.is_empty() {
+        None
+    } else {
+        Some(parse_struct(&field, metadata)?)
+    };
+    Ok((own, langchain))
+}
+
+/// Shows a stored element. With `include_raw`, its bytes too.
+pub fn render_element(element: Element, include_raw: bool) -> pb::Message {
+    let bytes = match element.body {
+        Body::Bytes(bytes) => bytes,
+        Body::TooLarge(size) => return too_large(element.sequence, size),
+    };
+    let size = bytes.len();
+    let mut message = match langchain::decode(&bytes) {
+        Ok(message) => render_message(element.sequence, &message),
+        Err(langchain::Unreadable) => pb::Message {
+            sequence: element.sequence,
+            role: pb::Role::Other.into(),
+            problem: pb::Problem::Unreadable.into(),
+            ..Default::default()
+        },
+    };
+    if include_raw || message.problem() == pb::Problem::Unreadable {
+        message.raw_size = size as i64;
+        message.raw = bytes;
+    }
+    if message.encoded_len() + ENTRY_OVERHEAD <= PAGE_BYTES_MAX {
+        return message;
+    }
+    message.raw.clear();
+    message.raw_size = size as i64;
+    message.problem = pb::Problem::TooLarge.into();
+    if message.encoded_len() + ENTRY_OVERHEAD <= PAGE_BYTES_MAX {
+        return message;
+    }
+    too_large(element.sequence, size)
+}
+
+/// Bytes that a message in a list takes besides its own, at most: tag, length, and the page token.
+const ENTRY_OVERHEAD: usize = 256;
+
+fn too_large(sequence: Sequence, size: usize) -> pb::Message {
+    pb::Message {
+        sequence,
+        role: pb::Role::Other.into(),
+        problem: pb::Problem::TooLarge.into(),
+        raw_size: size as i64,
+        ..Default::default()
+    }
+}
+
+/// Shows a message.
+pub fn render_message(sequence: Sequence, message: &Message) -> pb::Message {
+    let draft = &message.draft;
+    let (role, role_name) = match &draft.role {
+        Role::System => (pb::Role::System, String::new()),
+        Role::User => (pb::Role::User, String::new()),
+        Role::Assistant => (pb::Role::Assistant, String::new()),
+        Role::Tool => (pb::Role::Tool, String::new()),
+        Role::Other(name) => (pb::Role::Other, name.clone()),
+    };
+    let parts = match &draft.content {
+        Content::Text(_) => Vec::new(),
+        Content::Parts(parts) => parts.iter().map(render_part).collect(),
+    };
+    let tool_calls = draft.tool_calls.iter().map(|call| pb::ToolCall {
+        id: call.id.clone(),
+        name: call.name.clone(),
+        arguments: call.arguments.as_str().to_owned(),
+    });
+    let mut metadata = draft
+        .metadata
+        .as_ref()
+        .map(json_to_struct)
+        .unwrap_or_default();
+    if let Some(langchain) = &draft.langchain {
+        let langchain = json_to_value(langchain.as_str(), 0);
+        metadata.fields.insert("langchain".to_owned(), langchain);
+    }
+    pb::Message {
+        sequence,
+        id: draft.id.clone().unwrap_or_default(),
+        role: role.into(),
+        role_name,
+        content: draft.content.text(),
+        parts,
+        tool_calls: tool_calls.collect(),
+        tool_call_id: draft.tool_call_id.clone().unwrap_or_default(),
+        name: draft.name.clone().unwrap_or_default(),
+        usage: draft.usage.map(render_usage),
+        create_time: message.create_time_ms.map(render_time),
+        interrupted: message.interrupted,
+        reasoning: draft.reasoning.clone().unwrap_or_default(),
+        metadata: Some(metadata).filter(|metadata| !metadata.fields.is_empty()),
+        turn_id: message.turn_id.clone().unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+fn render_part(part: &Part) -> pb::ContentPart {
+    use pb::content_part::Part as Shown;
+    let shown = match part {
+        Part::Text(text) => Shown::Text(text.clone()),
+        Part::ImageUrl { url, detail } => Shown::ImageUrl(pb::ImageUrl {
+            url: url.clone(),
+            detail: detail.clone().unwrap_or_default(),
+        }),
+        Part::InlineData { media_type, data } => Shown::InlineData(pb::InlineData {
+            media_type: media_type.clone(),
+            data: data.clone(),
+        }),
+        Part::Json(json) => Shown::Json(json.as_str().to_owned()),
+    };
+    pb::ContentPart { part: Some(shown) }
+}
+
+pub fn render_usage(usage: Usage) -> pb::Usage {
+    pb::Usage {
+        input_tokens: usage.input_tokens,
+        output_tokens: usage.output_tokens,
+        total_tokens: usage.total_tokens,
+    }
+}
+
+fn render_time(time_ms: i64) -> prost_types::Timestamp {
+    prost_types::Timestamp {
+        seconds: time_ms.div_euclid(1000),
+        nanos: (time_ms.rem_euclid(1000) * 1_000_000) as i32,
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// JSON ⇄ Struct
+
+/// Levels of nesting that a rendered Struct has at most; deeper values go as JSON text. Protobuf
+/// decoders refuse messages nested about 100 deep, and each level here is three of theirs.
+const STRUCT_DEPTH_MAX: usize = 16;
+
+/// The key of an object that holds a value as JSON text, for what a Struct cannot hold exactly.
+const EXACT: &str = "$json";
+
+/// Takes a Struct as JSON.
+pub fn parse_struct(field: &str, fields: Struct) -> Checked<Json> {
+    let value = StructValue {
+        kind: Some(Kind::StructValue(fields)),
+    };
+    Json::parse(field, &value_to_json(field, &value)?)
+}
+
+fn value_to_json(field: &str, value: &StructValue) -> Checked<String> {
+    let quote = |text: &str| serde_json::Value::from(text).to_string();
+    match &value.kind {
+        None | Some(Kind::NullValue(_)) => Ok("null".to_owned()),
+        Some(Kind::BoolValue(flag)) => Ok(flag.to_string()),
+        Some(Kind::StringValue(text)) => Ok(quote(text)),
+        Some(Kind::NumberValue(number)) if !number.is_finite() => {
+            Err(Violation::new(field, "must hold finite numbers only"))
+        }
+        Some(Kind::NumberValue(number)) => Ok(number_to_json(*number)),
+        Some(Kind::ListValue(list)) => {
+            let items = list.values.iter().map(|item| value_to_json(field, item));
+            Ok(format!(
+                "[{}]",
+                items.collect::<Checked<Vec<_>>>()?.join(", ")
+            ))
+        }
+        Some(Kind::StructValue(fields)) => {
+            if let Some(text) = exact_text(fields) {
+                Json::parse(field, text)?;
+                return Ok(text.to_owned());
+            }
+            let mut members = Vec::with_capacity(fields.fields.len());
+            for (key, value) in &fields.fields {
+                members.push(format!("{}: {}", quote(key), value_to_json(field, value)?));
+            }
+            Ok(format!("{{{}}}", members.join(", ")))
+        }
+    }
+}
+
+fn exact_text(fields: &Struct) -> Option<&str> {
+    match fields.fields.get(EXACT)?.kind.as_ref()? {
+        Kind::StringValue(text) if fields.fields.len() == 1 => Some(text),
+        _ => None,
+    }
+}
+
+/// A whole number without a fraction, anything else in the shortest form that reads back the same.
+fn number_to_json(number: f64) -> String {
+    const WHOLE_MAX: f64 = 9_007_199_254_740_992.0; // 2^53
+    let is_negative_zero = number == 0.0 && number.is_sign_negative();
+    if number.fract() == 0.0 && number.abs() <= WHOLE_MAX && !is_negative_zero {
+        return format!("{}", number as i64);
+    }
+    serde_json::Value::from(number).to_string()
+}
+
+fn json_to_struct(json: &Json) -> Struct {
+    match json_to_value(json.as_str(), 0).kind {
+        Some(Kind::StructValue(fields)) => fields,
+        _ => Struct::default(),
+    }
+}
+
+fn json_to_value(json: &str, depth: usize) -> StructValue {
+    let kind = exact_kind(json, depth).unwrap_or_else(|| {
+        let text = StructValue {
+            kind: Some(Kind::StringValue(json.to_owned())),
+        };
+        Kind::StructValue(Struct {
+            fields: [(EXACT.to_owned(), text)].into(),
+        })
+    });
+    StructValue { kind: Some(kind) }
+}
+
+/// The value as a Struct holds it, or `None` if that would not be exact.
+fn exact_kind(json: &str, depth: usize) -> Option<Kind> {
+    match json.bytes().next()? {
+        b'n' => Some(Kind::NullValue(0)),
+        b't' => Some(Kind::BoolValue(true)),
+        b'f' => Some(Kind::BoolValue(false)),
+        b'"' => serde_json::from_str(json).ok().map(Kind::StringValue),
+        b'[' if depth < STRUCT_DEPTH_MAX => {
+            let items: Vec<&RawValue> = serde_json::from_str(json).ok()?;
+            let values = items
+                .into_iter()
+                .map(|item| json_to_value(item.get(), depth + 1));
+            Some(Kind::ListValue(prost_types::ListValue {
+                values: values.collect(),
+            }))
+        }
+        b'{' if depth < STRUCT_DEPTH_MAX => {
+            // A map refuses duplicate keys no more than a Struct does: it keeps the last one.
+            let members: std::collections::BTreeMap<String, &RawValue> =
+                serde_json::from_str(json).ok()?;
+            if members.len() == 1 && members.contains_key(EXACT) {
+                return None;
+            }
+            let fields = members
+                .into_iter()
+                .map(|(key, value)| (key, json_to_value(value.get(), depth + 1)));
+            Some(Kind::StructValue(Struct {
+                fields: fields.collect(),
+            }))
+        }
+        b'[' | b'{' => None,
+        _ => {
+            let number: f64 = json.parse().ok()?;
+            (number.is_finite() && number_to_json(number) == json)
+                .then_some(Kind::NumberValue(number))
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Pages
+
+/// A checked `GetMessagesRequest`.
+#[derive(Debug, Clone)]
+pub struct PageRequest {
+    pub session: SessionId,
+    pub read: Read,
+    pub include_raw: bool,
+    scope: Scope,
+}
+
+/// What a page token belongs to: it is no use for another session, order or range.
+#[derive(Debug, Clone)]
+struct Scope {
+    session: SessionId,
+    order: Order,
+    after: Sequence,
+    before: Option<Sequence>,
+    last: Option<usize>,
+}
+
+/// A refusal of a page request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    Invalid(Violation),
+    NotImplemented(&'static str),
+}
+
+impl From<Violation> for Refusal {
+    fn from(violation: Violation) -> Self {
+        Self::Invalid(violation)
+    }
+}
+
+/// Takes a `GetMessagesRequest`.
+pub fn parse_page_request(request: pb::GetMessagesRequest) -> Result<PageRequest, Refusal> {
+    let session = SessionId::parse(request.session_id)?;
+    if request.last_turns.is_some() {
+        return Err(Refusal::NotImplemented("last_turns"));
+    }
+    if request.max_tokens.is_some() {
+        return Err(Refusal::NotImplemented("max_tokens"));
+    }
+    let order = match pb::Order::try_from(request.order) {
+        Ok(pb::Order::Unspecified | pb::Order::OldestFirst) => Order::OldestFirst,
+        Ok(pb::Order::NewestFirst) => Order::NewestFirst,
+        Err(_) => {
+            let rule = format!("{} is not an order", request.order);
+            return Err(Violation::new("order", rule).into());
+        }
+    };
+    let last = match request.last_messages {
+        None => None,
+        Some(last) => Some(at_least_one("last_messages", last)?),
+    };
+    let after = request.after_sequence.unwrap_or(0);
+    if after < 0 {
+        return Err(Violation::new("after_sequence", "must be 0 or more").into());
+    }
+    if request.before_sequence.is_some_and(|before| before < 1) {
+        return Err(Violation::new("before_sequence", "must be 1 or more").into());
+    }
+    let limit = match request.page_size {
+        0 => last.map_or(PAGE_MESSAGES_DEFAULT, |last| last.min(PAGE_MESSAGES_MAX)),
+        size => at_least_one("page_size", size)?,
+    };
+    if limit > PAGE_MESSAGES_MAX {
+        let rule = format!("must be at most {PAGE_MESSAGES_MAX}, is {limit}");
+        return Err(Violation::new("page_size", rule).into());
+    }
+
+    let scope = Scope {
+        session: session.clone(),
+        order,
+        after,
+        before: request.before_sequence,
+        last,
+    };
+    let mut read = Read {
+        order,
+        after,
+        before: request.before_sequence,
+        last,
+        limit,
+        bytes_max: PAGE_BYTES_MAX,
+    };
+    if !request.page_token.is_empty() {
+        // The token holds the range that is left; `last` was resolved by the first page.
+        (read.after, read.before) = scope.open_token(&request.page_token)?;
+        read.last = None;
+    }
+    Ok(PageRequest {
+        session,
+        read,
+        include_raw: request.include_raw,
+        scope,
+    })
+}
+
+fn at_least_one(field: &str, number: i32) -> Checked<usize> {
+    match usize::try_from(number) {
+        Ok(number) if number >= 1 => Ok(number),
+        _ => Err(Violation::new(field, "must be 1 or more")),
+    }
+}
+
+/// Shows a page, as much of it as fits into [`PAGE_BYTES_MAX`].
+pub fn render_page(request: &PageRequest, page: Page) -> pb::GetMessagesResponse {
+    let mut messages = Vec::with_capacity(page.elements.len());
+    let mut size = ENTRY_OVERHEAD;
+    let mut more = page.more;
+    for element in page.elements {
+        let message = render_element(element, request.include_raw);
+        size += message.encoded_len() + 2 * prost::encoding::encoded_len_varint(u64::MAX);
+        if size > PAGE_BYTES_MAX && !messages.is_empty() {
+            more = true;
+            break;
+        }
+        messages.push(message);
+    }
+    let next_page_token = match messages.last() {
+        Some(last) if more => {
+            let is_window = request.scope.last.is_some();
+            let (after, before) = match request.read.order {
+                // What is appended meanwhile belongs to the pages to come, unless the range ends
+                // before it or the window was fixed.
+                Order::OldestFirst if is_window => (last.sequence, Some(page.before)),
+                Order::OldestFirst => (last.sequence, request.read.before),
+                Order::NewestFirst => (page.after, Some(last.sequence)),
+            };
+            request.scope.make_token(after, before)
+        }
+        _ => String::new(),
+    };
+    pb::GetMessagesResponse {
+        messages,
+        next_page_token,
+    }
+}
+
+/// Bytes of a token's check. It is no secret: a made-up token reads what the caller may read
+/// anyway. It is there so that a mistake is noticed.
+const CHECK_BYTES: usize = 12;
+
+impl Scope {
+    fn make_token(&self, after: Sequence, before: Option<Sequence>) -> String {
+        let mut token = Vec::with_capacity(16 + CHECK_BYTES);
+        token.extend(after.to_be_bytes());
+        token.extend(before.unwrap_or(0).to_be_bytes());
+        token.extend(self.check(after, before));
+        URL_SAFE_NO_PAD.encode(token)
+    }
+
+    fn open_token(&self, token: &str) -> Checked<(Sequence, Option<Sequence>)> {
+        let rule = "must be the next_page_token of a page of this session, order and range";
+        let foreign = || Violation::new("page_token", rule);
+        let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| foreign())?;
+        let (range, check) = bytes.split_at_checked(16).ok_or_else(foreign)?;
+        let number = |bytes: &[u8]| {
+            bytes
+                .iter()
+                .fold(0, |number, byte| number << 8 | i64::from(*byte))
+        };
+        let after = number(&range[..8]);
+        let before = Some(number(&range[8..])).filter(|before| *before != 0);
+        if check != self.check(after, before) {
+            return Err(foreign());
+        }
+        Ok((after, before))
+    }
+
+    fn check(&self, after: Sequence, before: Option<Sequence>) -> [u8; CHECK_BYTES] {
+        let order = match self.order {
+            Order::OldestFirst => 1,
+            Order::NewestFirst => 2,
+        };
+        let last = self.last.map_or(0, |last| last as i64);
+        let mut digest = Sha256::new();
+        digest.update(b"chat-memory page token 1");
+        for number in [
+            order,
+            self.after,
+            self.before.unwrap_or(0),
+            last,
+            after,
+            before.unwrap_or(0),
+        ] {
+            digest.update(number.to_be_bytes());
+        }
+        digest.update(self.session.as_str());
+        let mut check = [0; CHECK_BYTES];
+        check.copy_from_slice(&digest.finalize()[..CHECK_BYTES]);
+        check
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Chat
+
+/// Tools of one request at most.
+const TOOLS_MAX: usize = 128;
+/// Stop texts of one request at most.
+const STOP_MAX: usize = 16;
+
+/// Takes the tools of a request.
+pub fn parse_tools(tools: Vec<pb::Tool>) -> Checked<Vec<model::Tool>> {
+    if tools.len() > TOOLS_MAX {
+        let rule = format!("must be at most {TOOLS_MAX}, is {}", tools.len());
+        return Err(Violation::new("tools", rule));
+    }
+    let size: usize = tools.iter().map(prost::Message::encoded_len).sum();
+    if size > MESSAGE_BYTES_MAX {
+        let rule = format!("must be at most {MESSAGE_BYTES_MAX} bytes together, is {size}");
+        return Err(Violation::new("tools", rule));
+    }
+    let mut parsed = Vec::with_capacity(tools.len());
+    for (index, tool) in tools.into_iter().enumerate() {
+        let field = format!("tools[{index}].name");
+        if tool.name.is_empty() {
+            return Err(Violation::new(field, "is required"));
+        }
+        check_name(&field, &tool.name, NAME_BYTES_MAX)?;
+        let field = format!("tools[{index}].parameters");
+        parsed.push(model::Tool {
+            name: tool.name,
+            description: not_empty(tool.description),
+            parameters: match tool.parameters {
+                None => None,
+                Some(parameters) => Some(parse_struct(&field, parameters)?),
+            },
+        });
+    }
+    Ok(parsed)
+}
+
+/// Takes the options of a request.
+pub fn parse_options(options: Option<pb::ModelOptions>) -> Checked<model::Options> {
+    let Some(options) = options else {
+        return Ok(model::Options::default());
+    };
+    let ranges = [
+        ("options.temperature", options.temperature, 2.0),
+        ("options.top_p", options.top_p, 1.0),
+    ];
+    for (field, value, max) in ranges {
+        if value.is_some_and(|value| !(0.0..=max).contains(&value)) {
+            return Err(Violation::new(field, format!("must be 0 to {max}")));
+        }
+    }
+    let max_output_tokens = match options.max_output_tokens {
+        None => None,
+        Some(tokens) => Some(at_least_one("options.max_output_tokens", tokens)? as u32),
+    };
+    if options.stop.len() > STOP_MAX {
+        let rule = format!("must be at most {STOP_MAX}, is {}", options.stop.len());
+        return Err(Violation::new("options.stop", rule));
+    }
+    if options.stop.iter().any(String::is_empty) {
+        return Err(Violation::new(
+            "options.stop",
+            "must not hold an empty text",
+        ));
+    }
+    Ok(model::Options {
+        temperature: options.temperature,
+        top_p: options.top_p,
+        max_output_tokens,
+        stop: options.stop,
+    })
+}
+
+pub fn render_finish_reason(reason: model::FinishReason) -> pb::FinishReason {
+    match reason {
+        model::FinishReason::Unspecified => pb::FinishReason::Unspecified,
+        model::FinishReason::Stop => pb::FinishReason::Stop,
+        model::FinishReason::Length => pb::FinishReason::Length,
+        model::FinishReason::ToolCalls => pb::FinishReason::ToolCalls,
+        model::FinishReason::ContentFilter => pb::FinishReason::ContentFilter,
+        model::FinishReason::Other => pb::FinishReason::Other,
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// The codec
+
+/// prost's codec, but a request that cannot be decoded is the client's fault and not ours:
+/// INVALID_ARGUMENT, where tonic's own says INTERNAL.
 #[derive(Debug)]
 pub struct Codec<Out, In>(std::marker::PhantomData<(Out, In)>);
 
@@ -37,12 +760,172 @@ pub struct CheckedDecoder<In>(std::marker::PhantomData<In>);
 
 impl<In: prost::Message + Default> Decoder for CheckedDecoder<In> {
     type Item = In;
-    type Error = tonic::Status;
+    type Error = Status;
 
-    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<In>, tonic::Status> {
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<In>, Status> {
         match In::decode(buffer) {
             Ok(message) => Ok(Some(message)),
-            Err(error) => Err(tonic::Status::invalid_argument(error.to_string())),
+            Err(error) => Err(error::malformed_request(&error)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(message: pb::Message) -> Checked<Draft> {
+        parse_messages(vec![message], MESSAGE_BYTES_MAX).map(|mut drafts| drafts.remove(0))
+    }
+
+    fn user(content: &str) -> pb::Message {
+        pb::Message {
+            role: pb::Role::User.into(),
+            content: content.to_owned(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_struct_gives_back_every_json_value_exactly() {
+        let deep = "[".repeat(40) + &"]".repeat(40);
+        for json in [
+            r#"{"a": 1, "b": [true, null, "x"], "c": -2.5}"#,
+            r#"{"big": 123456789012345678901234567890}"#,
+            r#"{"float": 1.0, "minus": -0, "odd": 0.10, "small": 1e-7}"#,
+            r#"{"lone": "\ud800"}"#,
+            r#"{"$json": "1"}"#,
+            &format!(r#"{{"deep": {deep}}}"#),
+        ] {
+            let value = json_to_value(json, 0);
+            assert_eq!(
+                value_to_json("f", &value).ok().as_deref(),
+                Some(json).filter(|json| !json.contains("ud800"))
+            );
+        }
+    }
+
+    #[test]
+    fn a_number_that_is_none_is_refused() {
+        let mut message = user("hi");
+        let value = StructValue {
+            kind: Some(Kind::NumberValue(f64::NAN)),
+        };
+        message.metadata = Some(Struct {
+            fields: [("n".to_owned(), value)].into(),
+        });
+        assert_eq!(parse(message).unwrap_err().field, "messages[0].metadata");
+    }
+
+    #[test]
+    fn parts_and_calls_are_checked_by_their_path() {
+        let mut message = user("");
+        message.parts = vec![pb::ContentPart { part: None }];
+        assert_eq!(
+            parse(message.clone()).unwrap_err().field,
+            "messages[0].parts[0]"
+        );
+        message.parts[0].part = Some(pb::content_part::Part::Json("{\"a\": 1}".into()));
+        assert_eq!(
+            parse(message).unwrap_err().field,
+            "messages[0].parts[0].json"
+        );
+        let mut message = user("");
+        message.role = pb::Role::Assistant.into();
+        message.tool_calls = vec![pb::ToolCall {
+            name: "add".into(),
+            arguments: "[1]".into(),
+            ..Default::default()
+        }];
+        assert_eq!(
+            parse(message).unwrap_err().to_string(),
+            "messages[0].tool_calls[0].arguments: must be a JSON object"
+        );
+    }
+
+    #[test]
+    fn a_role_that_is_none_is_refused() {
+        for (role, rule) in [
+            (0, "is required"),
+            (77, "77 is not a role"),
+            (-1, "-1 is not a role"),
+        ] {
+            let mut message = user("hi");
+            message.role = role;
+            assert_eq!(
+                parse(message).unwrap_err(),
+                Violation::new("messages[0].role", rule)
+            );
+        }
+    }
+
+    #[test]
+    fn a_page_token_is_of_use_for_its_own_session_order_and_range_only() {
+        let request = |session: &str, token: &str| pb::GetMessagesRequest {
+            session_id: session.to_owned(),
+            page_token: token.to_owned(),
+            ..Default::default()
+        };
+        let scope = parse_page_request(request("a", "")).unwrap().scope;
+        let token = scope.make_token(7, None);
+        let next = parse_page_request(request("a", &token)).unwrap();
+        assert_eq!((next.read.after, next.read.before), (7, None));
+        assert!(parse_page_request(request("b", &token)).is_err());
+        let mut other_order = request("a", &token);
+        other_order.order = pb::Order::NewestFirst.into();
+        assert!(parse_page_request(other_order).is_err());
+        let mut other_range = request("a", &token);
+        other_range.after_sequence = Some(1);
+        assert!(parse_page_request(other_range).is_err());
+        for made_up in [
+            "x",
+            "====",
+            &"A".repeat(38),
+            &token[1..],
+            &format!("{token}A"),
+        ] {
+            assert!(
+                parse_page_request(request("a", made_up)).is_err(),
+                "{made_up}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_element_too_large_for_a_page_is_named_and_left_out() {
+        let element = |bytes: Vec<u8>| Element {
+            sequence: 3,
+            body: Body::Bytes(bytes.into()),
+        };
+        let text = "x".repeat(PAGE_BYTES_MAX);
+        let json = format!(r#"{{"type": "human", "data": {{"content": "{text}"}}}}"#);
+        let message = render_element(element(json.clone().into_bytes()), false);
+        assert_eq!(message.problem(), pb::Problem::TooLarge);
+        assert_eq!((message.sequence, message.content.len()), (3, 0));
+        let half = "x".repeat(PAGE_BYTES_MAX / 2);
+        let json = format!(r#"{{"type": "human", "data": {{"content": "{half}"}}}}"#);
+        let message = render_element(element(json.clone().into_bytes()), true);
+        assert_eq!(message.problem(), pb::Problem::TooLarge);
+        assert_eq!(message.content.len(), half.len());
+        assert_eq!(
+            (message.raw.len(), message.raw_size),
+            (0, json.len() as i64)
+        );
+        let message = render_element(element(b"junk".to_vec()), false);
+        assert_eq!(message.problem(), pb::Problem::Unreadable);
+        assert_eq!(&message.raw[..], b"junk");
+    }
+
+    #[test]
+    fn a_request_that_cannot_be_decoded_names_its_field() {
+        // AppendRequest { session_id: "\xff" }
+        let error = pb::AppendRequest::decode(&b"\x0a\x01\xff"[..]).unwrap_err();
+        let status = error::malformed_request(&error);
+        assert_eq!(status.code(), tonic::Code::InvalidArgument);
+        let details = tonic_types::StatusExt::get_error_details(&status);
+        assert_eq!(
+            details.bad_request().unwrap().field_violations[0].field,
+            "session_id"
+        );
     }
 }

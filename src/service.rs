@@ -1,0 +1,411 @@
+//! The gRPC methods: each parses, calls, renders. Decides nothing itself.
+
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+
+use futures_util::{Stream, stream};
+use prost::Message as _;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::{Instant, timeout_at},
+};
+use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
+use ulid::Ulid;
+
+use crate::{
+    error::Error,
+    langchain,
+    message::{
+        BATCH_BYTES_MAX, Draft, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, PAGE_MESSAGES_MAX, Role,
+        SessionId, TURN_BYTES_MAX, Violation, check_name, now_ms, stored_messages,
+    },
+    model::Prompt,
+    pb,
+    store::{self, Append, RequestKey, Store},
+    turn::{Ask, Event, Follower, Turns},
+    wire::{self, Refusal},
+};
+
+/// The service `chatmemory.v1.ChatMemory`.
+#[derive(Clone)]
+pub struct Service {
+    store: Arc<dyn Store>,
+    turns: Turns,
+    requests: Arc<Semaphore>,
+    requests_max: usize,
+    /// Has a token for each call that is under way, streams included.
+    calls: TaskTracker,
+}
+
+/// Proof that a call was let in. While it lives, the call counts.
+struct Entry {
+    _call: TaskTrackerToken,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Service {
+    /// Serves at most `requests_max` unary calls at once; `turns` has its own limit.
+    pub fn new(store: Arc<dyn Store>, turns: Turns, requests_max: usize) -> Self {
+        Self {
+            store,
+            turns,
+            requests: Arc::new(Semaphore::new(requests_max)),
+            requests_max,
+            calls: TaskTracker::new(),
+        }
+    }
+
+    /// Waits until no call is under way. Calls that come later are served still.
+    pub async fn idle(&self) {
+        self.calls.close();
+        self.calls.wait().await;
+    }
+
+    fn enter(&self) -> Result<Entry, Error> {
+        let permit = self.requests.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| Error::TooManyRequests {
+            limit: self.requests_max,
+        })?;
+        Ok(Entry {
+            _call: self.calls.token(),
+            _permit: permit,
+        })
+    }
+}
+
+type ChatStream = Pin<Box<dyn Stream<Item = Result<pb::ChatResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl pb::chat_memory_server::ChatMemory for Service {
+    async fn append(
+        &self,
+        request: Request<pb::AppendRequest>,
+    ) -> Result<Response<pb::AppendResponse>, Status> {
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let call = AppendCall::parse(request.into_inner())?;
+
+        let time_ms = now_ms();
+        let append = Append {
+            elements: call.stored(time_ms).iter().map(langchain::encode).collect(),
+            request: call.key,
+            time_ms,
+            expected_last_sequence: call.expected_last_sequence,
+            expected_epoch: None,
+        };
+        let appended = within(deadline, true, self.store.append(&call.session, append)).await?;
+        let appended = appended.map_err(|error| Error::of_write(error, "request_id"))?;
+
+        // A repeated request is answered as the first one was: same times, same ids.
+        let messages = call.stored(appended.time_ms);
+        let numbered = (appended.first_sequence..).zip(&messages);
+        Ok(Response::new(pb::AppendResponse {
+            messages: numbered
+                .map(|(sequence, message)| wire::render_message(sequence, message))
+                .collect(),
+        }))
+    }
+
+    async fn get_messages(
+        &self,
+        request: Request<pb::GetMessagesRequest>,
+    ) -> Result<Response<pb::GetMessagesResponse>, Status> {
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let request = wire::parse_page_request(request.into_inner()).map_err(Error::from)?;
+
+        let page = within(
+            deadline,
+            false,
+            self.store.read(&request.session, request.read),
+        )
+        .await?;
+        let page = page.map_err(Error::from)?;
+
+        Ok(Response::new(wire::render_page(&request, page)))
+    }
+
+    async fn clear(
+        &self,
+        request: Request<pb::ClearRequest>,
+    ) -> Result<Response<pb::ClearResponse>, Status> {
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let session = SessionId::parse(request.into_inner().session_id).map_err(Error::from)?;
+
+        let deleted = within(deadline, true, self.store.clear(&session)).await?;
+        let deleted_count = deleted.map_err(Error::from)?;
+
+        Ok(Response::new(pb::ClearResponse { deleted_count }))
+    }
+
+    type ChatStream = ChatStream;
+
+    async fn chat(
+        &self,
+        request: Request<pb::ChatRequest>,
+    ) -> Result<Response<ChatStream>, Status> {
+        let call = self.calls.token();
+        let deadline = deadline(request.metadata());
+        let ask = parse_ask(request.into_inner(), deadline)?;
+
+        let follower = self.turns.start(ask)?;
+
+        Ok(Response::new(Box::pin(events(follower, call))))
+    }
+}
+
+/// The events of a turn, as a stream that ends with the turn.
+fn events(
+    follower: Follower,
+    call: TaskTrackerToken,
+) -> impl Stream<Item = Result<pb::ChatResponse, Status>> + Send {
+    stream::unfold((follower, call), |(mut follower, call)| async {
+        let event = match follower.next().await? {
+            Ok((number, event)) => Ok(render_event(number, event)),
+            Err(error) => Err(Status::from(error)),
+        };
+        Some((event, (follower, call)))
+    })
+}
+
+/// A checked `AppendRequest`.
+struct AppendCall {
+    session: SessionId,
+    request_id: String,
+    key: RequestKey,
+    drafts: Vec<Draft>,
+    expected_last_sequence: Option<i64>,
+}
+
+impl AppendCall {
+    fn parse(mut request: pb::AppendRequest) -> Result<Self, Error> {
+        let request_id = std::mem::take(&mut request.request_id);
+        let body = request.encode_to_vec();
+        let session = SessionId::parse(request.session_id)?;
+        let drafts = wire::parse_messages(request.messages, BATCH_BYTES_MAX)?;
+        if request
+            .expected_last_sequence
+            .is_some_and(|expected| expected < 0)
+        {
+            return Err(Violation::new("expected_last_sequence", "must be 0 or more").into());
+        }
+        let request_id = id_or_new("request_id", request_id)?;
+        Ok(Self {
+            key: RequestKey::new("append", &request_id, &body),
+            session,
+            request_id,
+            drafts,
+            expected_last_sequence: request.expected_last_sequence,
+        })
+    }
+
+    /// The messages as they are stored at that moment.
+    fn stored(&self, time_ms: i64) -> Vec<crate::message::Message> {
+        let id_seed = format!("append {}", self.request_id);
+        stored_messages(&self.session, &id_seed, self.drafts.clone(), time_ms)
+    }
+}
+
+/// The client's id, or a new one.
+fn id_or_new(field: &str, id: String) -> Result<String, Error> {
+    check_name(field, &id, NAME_BYTES_MAX)?;
+    if id.is_empty() {
+        return Ok(Ulid::generate().to_string());
+    }
+    Ok(id)
+}
+
+fn parse_ask(mut request: pb::ChatRequest, deadline: Option<Instant>) -> Result<Ask, Error> {
+    // What may differ when a turn is asked for again is not part of what is asked.
+    let turn_id = std::mem::take(&mut request.turn_id);
+    let resume_after = std::mem::take(&mut request.resume_after);
+    let on_conflict = std::mem::take(&mut request.on_conflict);
+    let on_disconnect = std::mem::take(&mut request.on_disconnect);
+    let body = request.encode_to_vec();
+    let session = SessionId::parse(request.session_id)?;
+    if resume_after < 0 {
+        return Err(Violation::new("resume_after", "must be 0 or more").into());
+    }
+    if resume_after != 0 {
+        return Err(not_implemented("resume_after"));
+    }
+    match pb::OnConflict::try_from(on_conflict) {
+        Ok(pb::OnConflict::Unspecified | pb::OnConflict::Reject) => {}
+        Ok(pb::OnConflict::Queue | pb::OnConflict::Supersede) => {
+            return Err(not_implemented("on_conflict"));
+        }
+        Err(_) => return Err(Violation::new("on_conflict", "is not one of its values").into()),
+    }
+    let stop_on_disconnect = match pb::OnDisconnect::try_from(on_disconnect) {
+        Ok(pb::OnDisconnect::Unspecified | pb::OnDisconnect::Continue) => false,
+        Ok(pb::OnDisconnect::Stop) => true,
+        Err(_) => return Err(Violation::new("on_disconnect", "is not one of its values").into()),
+    };
+    let history_messages = match request.last_messages {
+        None => None,
+        Some(last) => match usize::try_from(last) {
+            Ok(last @ 1..=PAGE_MESSAGES_MAX) => Some(last),
+            _ => {
+                let rule = format!("must be 1 to {PAGE_MESSAGES_MAX}");
+                return Err(Violation::new("last_messages", rule).into());
+            }
+        },
+    };
+    if request.system_prompt.len() > MESSAGE_BYTES_MAX {
+        let rule = format!("must be at most {MESSAGE_BYTES_MAX} bytes");
+        return Err(Violation::new("system_prompt", rule).into());
+    }
+    check_name("model", &request.model, NAME_BYTES_MAX)?;
+    let drafts = wire::parse_messages(request.messages, TURN_BYTES_MAX)?;
+    for (index, draft) in drafts.iter().enumerate() {
+        if draft.role == Role::Assistant {
+            let rule = "must not be ROLE_ASSISTANT: the answer is the model's";
+            return Err(Violation::new(format!("messages[{index}].role"), rule).into());
+        }
+    }
+    let prompt = Prompt {
+        model: Some(request.model).filter(|model| !model.is_empty()),
+        system: Some(request.system_prompt).filter(|system| !system.is_empty()),
+        messages: Vec::new(),
+        tools: wire::parse_tools(request.tools)?,
+        options: wire::parse_options(request.options)?,
+    };
+    let may_be_repeated = !turn_id.is_empty();
+    let turn_id = id_or_new("turn_id", turn_id)?;
+    Ok(Ask {
+        session,
+        request: RequestKey::new("turn", &turn_id, &body),
+        turn_id,
+        may_be_repeated,
+        drafts,
+        prompt,
+        history_messages,
+        stop_on_disconnect,
+        deadline,
+    })
+}
+
+fn not_implemented(field: &str) -> Error {
+    Error::NotImplemented {
+        field: field.to_owned(),
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Invalid(violation) => violation.into(),
+            Refusal::NotImplemented(field) => not_implemented(field),
+        }
+    }
+}
+
+fn render_event(number: i64, event: Event) -> pb::ChatResponse {
+    use pb::chat_response::Event as Shown;
+    let shown = match event {
+        Event::Started {
+            turn_id,
+            model,
+            history_messages,
+        } => Shown::Started(pb::Started {
+            turn_id,
+            model,
+            history_messages: i32::try_from(history_messages).unwrap_or(i32::MAX),
+        }),
+        Event::Delta(delta) => Shown::Delta(pb::Delta {
+            text: delta.text,
+            reasoning: delta.reasoning,
+            tool_calls: delta
+                .tool_calls
+                .into_iter()
+                .map(|call| pb::ToolCallDelta {
+                    index: i32::try_from(call.index).unwrap_or(i32::MAX),
+                    id: call.id.unwrap_or_default(),
+                    name: call.name.unwrap_or_default(),
+                    arguments: call.arguments,
+                })
+                .collect(),
+        }),
+        Event::Completed {
+            messages,
+            usage,
+            finish_reason,
+        } => Shown::Completed(pb::Completed {
+            messages: messages
+                .iter()
+                .map(|(sequence, message)| wire::render_message(*sequence, message))
+                .collect(),
+            usage: usage.map(wire::render_usage),
+            finish_reason: wire::render_finish_reason(finish_reason).into(),
+        }),
+    };
+    pb::ChatResponse {
+        event_number: number,
+        event: Some(shown),
+    }
+}
+
+/// The moment at which the caller gives up, from the header that gRPC sends: a number of at most
+/// eight digits and a unit.
+fn deadline(metadata: &MetadataMap) -> Option<Instant> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if number.len() > 8 || !number.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = number.parse().ok()?;
+    let timeout = match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    };
+    Instant::now().checked_add(timeout)
+}
+
+/// Waits for the store no longer than the caller does. `writes`: the store may have done the work
+/// although the wait was given up.
+async fn within<T>(
+    deadline: Option<Instant>,
+    writes: bool,
+    work: impl Future<Output = store::Result<T>>,
+) -> Result<store::Result<T>, Error> {
+    let Some(deadline) = deadline else {
+        return Ok(work.await);
+    };
+    let outcome = timeout_at(deadline, work).await;
+    outcome.map_err(|_| Error::DeadlineExceeded {
+        may_be_stored: writes,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_is_read_in_every_unit_and_nonsense_is_none() {
+        let at = |text: &str| {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().unwrap());
+            let now = Instant::now();
+            deadline(&metadata).map(|deadline| (deadline - now).as_millis())
+        };
+        for (text, ms) in [
+            ("1H", 3_600_000),
+            ("2M", 120_000),
+            ("3S", 3_000),
+            ("400m", 400),
+        ] {
+            let difference = at(text).unwrap().abs_diff(ms);
+            assert!(difference < 100, "{text}");
+        }
+        for nonsense in ["", "S", "1", "1x", "-1S", "123456789S", "1.5S"] {
+            assert_eq!(at(nonsense), None, "{nonsense}");
+        }
+    }
+}
