@@ -1,1 +1,373 @@
-//! The Redis store.
+//! The Redis store: LangChain's lists, and beside each a few small keys of our own. Every call is
+//! one script, which Redis runs as a whole. Knows no gRPC, no models, and not what the bytes mean.
+//!
+//! - `scripts/*.lua`: what is kept and what each call does; begin with `common.lua`
+//! - [`layout`]: the names of the keys
+//! - [`connection`]: how Redis is reached, and what happens when it is not
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use redis::{RedisError, ScriptInvocation, Value};
+use tokio::sync::watch;
+
+use self::connection::{Connection, Failure, Target, explain};
+use self::layout::{Keys, Scripts};
+use super::{
+    Append, Appended, Body, ELEMENT_BYTES_MAX, Element, Epoch, Error, Order, Page, Read,
+    RequestKey, Result, Sequence, Store,
+};
+use crate::message::SessionId;
+
+mod connection;
+mod layout;
+
+/// LangChain's prefix of keys.
+pub const KEY_PREFIX_DEFAULT: &str = "message_store:";
+/// How long an answer of Redis may take by default.
+pub const TIMEOUT_MS_DEFAULT: u64 = 2_000;
+
+/// Sequences above this are no whole numbers to Lua.
+const SEQUENCE_MAX: Sequence = 1 << 53;
+
+/// How to reach Redis.
+///
+/// Not `Debug`: the URL holds a password.
+#[derive(Clone)]
+pub struct Settings {
+    /// `redis://[user][:password@]host[:port][/database]`, `rediss://…` for TLS, or
+    /// `redis+unix:///path[?db=…&user=…&pass=…]`.
+    pub url: String,
+    /// What the keys of sessions begin with. Without braces.
+    pub key_prefix: String,
+    /// How long Redis may take to accept a connection, and to answer: too short, and a slow answer
+    /// counts as none; too long, and callers wait for a Redis that is gone. A page of 3 MiB must
+    /// fit into it.
+    pub timeout_ms: u64,
+    /// Certificates (PEM) to trust besides the system's, for `rediss://`.
+    pub ca_file: Option<PathBuf>,
+}
+
+impl Settings {
+    /// The defaults, for a URL.
+    pub fn new(url: impl Into<String>) -> Self {
+        Self {
+            url: url.into(),
+            key_prefix: KEY_PREFIX_DEFAULT.to_owned(),
+            timeout_ms: TIMEOUT_MS_DEFAULT,
+            ca_file: None,
+        }
+    }
+}
+
+/// Why no store can be made of [`Settings`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidSettings {
+    #[error("the URL of Redis is not valid: {0}")]
+    Url(String),
+    #[error("the prefix of keys must not contain `{{` or `}}`: Redis Cluster gives them a meaning")]
+    KeyPrefix,
+    #[error("the timeout must be at least 1 ms")]
+    Timeout,
+    #[error("the certificates {}: {reason}", .path.display())]
+    Certificates { path: PathBuf, reason: String },
+}
+
+/// Keeps sessions in Redis.
+///
+/// A call takes at most 2 × (1 s + timeout), 6 s by default: twice, it waits up to 1 s for a
+/// connection and up to the timeout for an answer. An append without an answer is repeated once,
+/// under its request key, so it is stored once; [`Appended::repeated`] is then true if the first
+/// attempt had arrived.
+///
+/// If Redis refuses writes (a full disk, a replica), reads still work as long as it answers them.
+pub struct Redis {
+    connection: Connection,
+    scripts: Scripts,
+    key_prefix: String,
+    description: String,
+}
+
+impl Redis {
+    /// Makes the store and starts to connect; does not wait for Redis to be there. Must be called
+    /// within a Tokio runtime.
+    pub fn connect(settings: Settings) -> std::result::Result<Self, InvalidSettings> {
+        if settings.key_prefix.contains(['{', '}']) {
+            return Err(InvalidSettings::KeyPrefix);
+        }
+        if settings.timeout_ms == 0 {
+            return Err(InvalidSettings::Timeout);
+        }
+        let timeout = Duration::from_millis(settings.timeout_ms);
+        let target = Target::new(&settings.url, settings.ca_file.as_deref(), timeout)?;
+        Ok(Self {
+            description: target.describe(),
+            connection: Connection::start(target),
+            scripts: Scripts::new(),
+            key_prefix: settings.key_prefix,
+        })
+    }
+
+    /// Waits until Redis can be used; [`Error::Unavailable`] says why not, if that takes longer
+    /// than the limit.
+    pub async fn ready(&self, limit: Duration) -> Result<()> {
+        self.connection
+            .ready(limit)
+            .await
+            .map_err(Error::Unavailable)
+    }
+
+    fn invocation<'a>(
+        &self,
+        script: &'a redis::Script,
+        session: &SessionId,
+    ) -> ScriptInvocation<'a> {
+        let mut invocation = script.prepare_invoke();
+        for key in Keys::new(&self.key_prefix, session).in_order() {
+            invocation.key(key);
+        }
+        invocation
+    }
+}
+
+#[async_trait]
+impl Store for Redis {
+    async fn append(&self, session: &SessionId, append: Append) -> Result<Appended> {
+        let mut script = self.invocation(&self.scripts.append, session);
+        script
+            .arg(&append.request.id)
+            .arg(&append.request.fingerprint)
+            .arg(&append.time_ms.to_be_bytes())
+            .arg(optional(append.expected_last_sequence))
+            .arg(optional(append.expected_epoch.map(|epoch| epoch.0)));
+        for element in &append.elements {
+            script.arg(element.as_ref());
+        }
+        let answer = self.connection.run_repeatable(&script).await;
+        let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
+        match reply.word.as_str() {
+            "stored" => Ok(parse_record(&reply.bytes()?, false)?),
+            "repeated" => Ok(parse_record(&reply.bytes()?, true)?),
+            "reused" => Err(Error::RequestReused),
+            "cleared" => Err(Error::Cleared),
+            "mismatch" => Err(Error::SequenceMismatch {
+                expected: append.expected_last_sequence.unwrap_or_default(),
+                actual: reply.number()?,
+            }),
+            _ => Err(reply.refusal()),
+        }
+    }
+
+    async fn recall(&self, session: &SessionId, request: &RequestKey) -> Result<Option<Appended>> {
+        let mut script = self.invocation(&self.scripts.recall, session);
+        script.arg(&request.id).arg(&request.fingerprint);
+        let answer = self.connection.run_repeatable(&script).await;
+        let mut reply = Reply::of(answer.map_err(failure_of_read)?)?;
+        match reply.word.as_str() {
+            "repeated" => Ok(Some(parse_record(&reply.bytes()?, true)?)),
+            "reused" => Err(Error::RequestReused),
+            "unknown" => Ok(None),
+            _ => Err(reply.refusal()),
+        }
+    }
+
+    async fn read(&self, session: &SessionId, read: Read) -> Result<Page> {
+        let order = match read.order {
+            Order::OldestFirst => "oldest first",
+            Order::NewestFirst => "newest first",
+        };
+        let mut script = self.invocation(&self.scripts.read, session);
+        script
+            .arg(order)
+            .arg(read.after.clamp(0, SEQUENCE_MAX))
+            .arg(optional(
+                read.before.map(|before| before.clamp(0, SEQUENCE_MAX)),
+            ))
+            .arg(optional(read.last.map(to_lua)))
+            .arg(to_lua(read.limit.max(1)))
+            .arg(to_lua(read.bytes_max))
+            .arg(to_lua(ELEMENT_BYTES_MAX));
+        let answer = self.connection.run_repeatable(&script).await;
+        let mut reply = Reply::of(answer.map_err(failure_of_read)?)?;
+        if reply.word != "page" {
+            return Err(reply.refusal());
+        }
+
+        let last_sequence = reply.number()?;
+        let epoch = Epoch(reply.number()?);
+        let after = reply.number()?.max(read.after);
+        let first = reply.number()?;
+        let more = reply.number()? == 1;
+        let step = match read.order {
+            Order::OldestFirst => 1,
+            Order::NewestFirst => -1,
+        };
+        let mut elements = Vec::new();
+        let mut sequence = first;
+        for value in reply.list()? {
+            let body = match value {
+                Value::BulkString(bytes) => Body::Bytes(Bytes::from(bytes)),
+                Value::Int(size) => Body::TooLarge(usize::try_from(size).unwrap_or(usize::MAX)),
+                other => return Err(unexpected(&other)),
+            };
+            elements.push(Element { sequence, body });
+            sequence += step;
+        }
+        Ok(Page {
+            elements,
+            more,
+            after,
+            before: read.before.unwrap_or(last_sequence + 1),
+            last_sequence,
+            epoch,
+        })
+    }
+
+    async fn clear(&self, session: &SessionId) -> Result<i64> {
+        let script = self.invocation(&self.scripts.clear, session);
+        // Not repeated: a second clear would count nothing.
+        let answer = self.connection.run(&script).await;
+        let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
+        match reply.word.as_str() {
+            "cleared" => reply.number(),
+            _ => Err(reply.refusal()),
+        }
+    }
+
+    fn reachable(&self) -> watch::Receiver<bool> {
+        self.connection.reachable()
+    }
+
+    fn describe(&self) -> String {
+        self.description.clone()
+    }
+}
+
+/// A number as the scripts take it: empty if there is none.
+fn optional(number: Option<i64>) -> String {
+    number.map_or_else(String::new, |number| number.to_string())
+}
+
+fn to_lua(number: usize) -> i64 {
+    i64::try_from(number).map_or(SEQUENCE_MAX, |number| number.min(SEQUENCE_MAX))
+}
+
+fn failure_of_read(failure: Failure) -> Error {
+    match failure {
+        Failure::NotSent(reason) | Failure::NoAnswer(reason) => Error::Unavailable(reason),
+        Failure::Refused(error) => refused(&error),
+    }
+}
+
+fn failure_of_write(failure: Failure) -> Error {
+    match failure {
+        Failure::NotSent(reason) => Error::Unavailable(reason),
+        Failure::NoAnswer(reason) => Error::OutcomeUnknown(reason),
+        // The scripts can fail only at their first write: nothing was written.
+        Failure::Refused(error) => refused(&error),
+    }
+}
+
+fn refused(error: &RedisError) -> Error {
+    let text = explain(error);
+    // Redis 6 wraps the errors of commands in scripts into one of its own, hence not the code.
+    if text.contains("OOM command not allowed") {
+        return Error::Full(text);
+    }
+    Error::Unavailable(text)
+}
+
+/// What a script returned: a word, and what belongs to it.
+struct Reply {
+    word: String,
+    values: std::vec::IntoIter<Value>,
+}
+
+impl Reply {
+    fn of(value: Value) -> Result<Self> {
+        let Value::Array(values) = value else {
+            return Err(unexpected(&value));
+        };
+        let mut reply = Self {
+            word: String::new(),
+            values: values.into_iter(),
+        };
+        reply.word = reply.text()?;
+        Ok(reply)
+    }
+
+    fn next(&mut self) -> Value {
+        self.values.next().unwrap_or_default()
+    }
+
+    fn bytes(&mut self) -> Result<Vec<u8>> {
+        match self.next() {
+            Value::BulkString(bytes) => Ok(bytes),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn text(&mut self) -> Result<String> {
+        Ok(String::from_utf8_lossy(&self.bytes()?).into_owned())
+    }
+
+    fn number(&mut self) -> Result<i64> {
+        match self.next() {
+            Value::Int(number) => Ok(number),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn list(&mut self) -> Result<Vec<Value>> {
+        match self.next() {
+            Value::Array(values) => Ok(values),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The error that every script may return.
+    fn refusal(mut self) -> Error {
+        let key = match self.text() {
+            Ok(key) => key,
+            Err(error) => return error,
+        };
+        match self.word.as_str() {
+            "wrong type" => Error::WrongKeyType { key },
+            "corrupt" => Error::Corrupt(format!("the key {key:?}")),
+            word => Error::Corrupt(format!("a script returned {word:?}")),
+        }
+    }
+}
+
+/// Names the kind of a value only: the value may hold message text.
+fn unexpected(value: &Value) -> Error {
+    let kind = match value {
+        Value::Nil => "nothing",
+        Value::Int(_) => "a number",
+        Value::BulkString(_) => "a string",
+        Value::Array(_) => "a list",
+        _ => "something else",
+    };
+    Error::Corrupt(format!("a script returned {kind} where it must not"))
+}
+
+/// Reads a record as `scripts/common.lua` draws it.
+fn parse_record(record: &[u8], repeated: bool) -> Result<Appended> {
+    let corrupt = || Error::Corrupt("the record of a request".to_owned());
+    let record: &[u8; 44] = record.try_into().map_err(|_| corrupt())?;
+    let number = |from: usize| {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(&record[from..from + 8]);
+        i64::from_be_bytes(bytes)
+    };
+    let mut count = [0; 4];
+    count.copy_from_slice(&record[32..36]);
+    Ok(Appended {
+        first_sequence: number(24),
+        count: usize::try_from(u32::from_be_bytes(count)).map_err(|_| corrupt())?,
+        time_ms: number(16),
+        repeated,
+    })
+}

@@ -1,0 +1,84 @@
+//! Which keys a session has in Redis, and the scripts that know what is in them. Does no I/O.
+
+use redis::Script;
+
+use crate::message::SessionId;
+use crate::store::{REQUEST_MEMORY_MS, TOMBSTONE_MS};
+
+/// How long the facts of a session outlive what they are about, in ms: longer than any turn runs,
+/// so that a turn finds out that its session was cleared or has expired.
+const LINGER_MS: i64 = 60 * 60 * 1000;
+
+/// The keys of a session, in the order of the scripts' `KEYS`. `scripts/common.lua` says what they
+/// hold.
+///
+/// They share a slot of a cluster: the list's name is the others' hash tag. That is why neither a
+/// prefix nor a session id may contain braces; it also keeps one session's companions from being
+/// another's list.
+pub(super) struct Keys {
+    list: String,
+    companions: [String; 3],
+}
+
+impl Keys {
+    pub(super) fn new(prefix: &str, session: &SessionId) -> Self {
+        let list = format!("{prefix}{session}");
+        let companions =
+            ["session", "requests:0", "requests:1"].map(|name| format!("{{{list}}}:{name}"));
+        Self { list, companions }
+    }
+
+    pub(super) fn in_order(&self) -> [&str; 4] {
+        let [session, even_requests, odd_requests] = &self.companions;
+        [&self.list, session, even_requests, odd_requests]
+    }
+}
+
+/// The scripts, each with its prelude.
+pub(super) struct Scripts {
+    pub(super) append: Script,
+    pub(super) recall: Script,
+    pub(super) read: Script,
+    pub(super) clear: Script,
+}
+
+impl Scripts {
+    pub(super) fn new() -> Self {
+        let limits = format!(
+            "local REQUEST_MEMORY_MS, TOMBSTONE_MS, LINGER_MS = \
+             {REQUEST_MEMORY_MS}, {TOMBSTONE_MS}, {LINGER_MS}\n"
+        );
+        let script = |body: &str| {
+            Script::new(&format!(
+                "{limits}{}{body}",
+                include_str!("scripts/common.lua")
+            ))
+        };
+        Self {
+            append: script(include_str!("scripts/append.lua")),
+            recall: script(include_str!("scripts/recall.lua")),
+            read: script(include_str!("scripts/read.lua")),
+            clear: script(include_str!("scripts/clear.lua")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_has_langchains_name_and_its_companions_have_it_as_their_hash_tag() {
+        let session = SessionId::parse("a:b").unwrap();
+        let keys = Keys::new("message_store:", &session);
+        assert_eq!(
+            keys.in_order(),
+            [
+                "message_store:a:b",
+                "{message_store:a:b}:session",
+                "{message_store:a:b}:requests:0",
+                "{message_store:a:b}:requests:1",
+            ]
+        );
+    }
+}

@@ -1,0 +1,60 @@
+-- Adds elements at the new end of a session: in one step, once per request.
+--
+-- ARGV:
+--   1  request id, 16 bytes
+--   2  fingerprint of what was asked, 16 bytes
+--   3  the caller's time, 8 bytes
+--   4  the last sequence that the session must have; '' for any
+--   5  the epoch that the session must have; '' for any
+--   6… the elements, oldest first
+--
+-- Returns, besides what common.lua says:
+--   { 'stored', record }
+--   { 'repeated', record }    an earlier call had stored them
+--   { 'reused' }              an earlier call with this request id asked for something else
+--   { 'cleared' }             the epoch is another
+--   { 'mismatch', last }      the last sequence is another
+--
+-- All checks come before the first write, and the first write is LPUSH: whatever makes Redis refuse
+-- writes (memory, disk, a replica) makes it refuse that one, and nothing has happened.
+
+local FIRST_ELEMENT = 6
+-- Lua cannot pass more than about 8,000 arguments.
+local CHUNK = 1000
+
+local session, refusal = reconcile()
+if not session then
+  return refusal
+end
+local record
+record, refusal = recall(session, ARGV[1])
+if refusal then
+  return refusal
+end
+if record then
+  if string.sub(record, 1, 16) ~= ARGV[2] then
+    return { 'reused' }
+  end
+  return { 'repeated', record }
+end
+if ARGV[5] ~= '' and tonumber(ARGV[5]) ~= session.epoch then
+  return { 'cleared' }
+end
+if ARGV[4] ~= '' and tonumber(ARGV[4]) ~= session.last then
+  return { 'mismatch', session.last }
+end
+
+local first = session.last + 1
+local count = #ARGV - FIRST_ELEMENT + 1
+for from = FIRST_ELEMENT, #ARGV, CHUNK do
+  redis.call('LPUSH', LIST, unpack(ARGV, from, math.min(from + CHUNK - 1, #ARGV)))
+end
+session.length = session.length + count
+session.last = session.last + count
+session.mark = fingerprint(ARGV[#ARGV])
+save(session)
+
+record = ARGV[2] .. ARGV[3] .. struct.pack('>I8I4I8', first, count, session.now)
+redis.call('HSET', REQUESTS[day_of(session) % 2], ARGV[1], record)
+expire_requests(session)
+return { 'stored', record }

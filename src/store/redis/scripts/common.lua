@@ -1,0 +1,212 @@
+-- What every script begins with: it is put before each of them, after the limits, which Rust
+-- defines (`REQUEST_MEMORY_MS`, `TOMBSTONE_MS`, `LINGER_MS`).
+--
+-- KEYS of every script, all in one slot (K is `<prefix><session_id>`):
+--
+--   1  K                LIST  the elements. Index 0 is the newest. LangChain's key: it may have
+--                             been changed or deleted by others since we last looked.
+--   2  {K}:session      HASH  the facts, below
+--   3  {K}:requests:0   HASH  request id (16 bytes) -> record, of even days
+--   4  {K}:requests:1   HASH  the same, of odd days
+--
+-- Facts (decimal numbers):
+--
+--   base        what the sequence of the oldest element is above 1: sequence = base + distance
+--               from the tail, which is 1 for the oldest and LLEN for the newest
+--   last        the last sequence given out, by a write or by a read
+--   mark        fingerprint of the element with that sequence; '' if base = last
+--   epoch       how often the session was cleared, by us or by others
+--   expires_at  when the list expires, in ms since 1970; '' if it does not
+--
+-- Record: fingerprint (16 bytes), the caller's time (8 bytes), first sequence (8), count (4), the
+-- time of the write by Redis' clock (8); numbers are big-endian. 44 bytes, so that a hash of them
+-- keeps its compact encoding (field and value of at most 64 bytes).
+--
+-- Redis' own clock (TIME) is the only one used here: it is the one that expires keys, and all
+-- replicas of the server share it.
+--
+-- Every script returns a table that begins with a word. These come from all of them, and mean that
+-- nothing was written:
+--
+--   { 'wrong type', key }   the key holds something else
+--   { 'corrupt', key }      the facts make no sense
+
+local LIST, SESSION, REQUESTS = KEYS[1], KEYS[2], { [0] = KEYS[3], [1] = KEYS[4] }
+
+local function decimal(number)
+  return string.format('%.0f', number)
+end
+
+-- Looks at no more than 512 bytes, since elements can be large.
+local function fingerprint(element)
+  local ends = string.sub(element, 1, 256) .. string.sub(element, -256)
+  return redis.sha1hex(decimal(#element) .. ':' .. ends)
+end
+
+-- What the script must return if this reply of redis.pcall is an error; nil if it is none.
+local function refusal_of(reply, key)
+  if type(reply) ~= 'table' or not reply.err then
+    return nil
+  end
+  if string.find(reply.err, 'WRONGTYPE', 1, true) then
+    return { 'wrong type', key }
+  end
+  return redis.error_reply(reply.err)
+end
+
+-- Reads the facts and compares them with the list. Writes nothing. Returns the session as it is
+-- now, with `is_changed` if the facts need saving and `is_cleared` if the list was deleted by
+-- others or has expired since; or nil and what the script must return.
+local function reconcile()
+  local length = redis.pcall('LLEN', LIST)
+  local refusal = refusal_of(length, LIST)
+  if refusal then
+    return nil, refusal
+  end
+  local facts = redis.pcall('HMGET', SESSION, 'base', 'last', 'mark', 'epoch', 'expires_at')
+  refusal = refusal_of(facts, SESSION)
+  if refusal then
+    return nil, refusal
+  end
+
+  local time = redis.call('TIME')
+  local session = {
+    now = time[1] * 1000 + math.floor(time[2] / 1000),
+    length = length,
+    base = 0,
+    last = 0,
+    mark = '',
+    epoch = 0,
+    is_changed = false,
+    is_cleared = false,
+  }
+  local had_expiry = nil
+  if facts[2] then
+    session.base = tonumber(facts[1] or '')
+    session.last = tonumber(facts[2])
+    session.mark = facts[3] or ''
+    session.epoch = tonumber(facts[4] or '')
+    had_expiry = tonumber(facts[5] or '')
+    local is_sound = session.base and session.last and session.epoch
+      and session.base >= 0 and session.base <= session.last
+    if not is_sound then
+      return nil, { 'corrupt', SESSION }
+    end
+  end
+
+  -- Is the element that had the last sequence still where it was? LangChain only adds at the head,
+  -- so it stays where it is, seen from the tail, unless somebody deleted.
+  local is_intact = session.base + length >= session.last
+  if is_intact and session.last > session.base then
+    local index = session.base + length - session.last
+    is_intact = fingerprint(redis.call('LINDEX', LIST, decimal(index))) == session.mark
+  end
+  if not is_intact then
+    -- All that is there now is new: it gets numbers that nobody has seen. Only a session that
+    -- expired starts anew; where somebody has refilled it meanwhile, nobody can tell an expiry
+    -- from a deletion, and numbers that are too high do no harm.
+    local has_expired = length == 0 and had_expiry and session.now >= had_expiry
+    session.base = has_expired and 0 or session.last
+    session.last = session.base
+    session.mark = ''
+    session.epoch = session.epoch + 1
+    session.is_changed = true
+    session.is_cleared = true
+  end
+
+  -- What others have added since.
+  if session.base + length ~= session.last then
+    session.last = session.base + length
+    session.mark = fingerprint(redis.call('LINDEX', LIST, '0'))
+    session.is_changed = true
+  end
+
+  -- What others have done to the expiry since. The clock has moved a little between the two
+  -- commands, so small differences mean nothing.
+  if length > 0 then
+    local left = redis.call('PTTL', LIST)
+    if left >= 0 then
+      session.expires_at = session.now + left
+    end
+    local is_other = (had_expiry == nil) ~= (session.expires_at == nil)
+      or had_expiry and math.abs(had_expiry - session.expires_at) > 1000
+    session.is_changed = session.is_changed or is_other
+  end
+  return session
+end
+
+-- Lets a key expire in `left` ms, if it exists. Writes only what makes a difference, since every
+-- write goes to the replicas and the log.
+local function expire_in(key, left)
+  local has = redis.call('PTTL', key)
+  if has ~= -2 and (has == -1 or math.abs(has - left) > 1000) then
+    redis.call('PEXPIRE', key, decimal(math.max(left, 1)))
+  end
+end
+
+-- Writes the facts, and the expiry of all companion keys. HSET is the only command here that Redis
+-- refuses when it is out of memory, and it does so only if it is the script's first write.
+local function save(session)
+  redis.call('HSET', SESSION,
+    'base', decimal(session.base),
+    'last', decimal(session.last),
+    'mark', session.mark,
+    'epoch', decimal(session.epoch),
+    'expires_at', session.expires_at and decimal(session.expires_at) or '')
+  if session.length > 0 and not session.expires_at then
+    redis.call('PERSIST', SESSION)
+  else
+    -- The facts outlive the list: for a turn that runs, which must find that it was cleared; and
+    -- where they hold a base, for those who remember sequences.
+    local left = (session.expires_at or session.now) - session.now + LINGER_MS
+    if session.base > 0 then
+      left = math.max(left, TOMBSTONE_MS)
+    end
+    expire_in(SESSION, left)
+  end
+
+  if session.is_cleared then
+    redis.call('UNLINK', REQUESTS[0], REQUESTS[1])
+  end
+end
+
+local function day_of(session)
+  return math.floor(session.now / REQUEST_MEMORY_MS)
+end
+
+-- Lets the records of a day expire at the end of the following day, when all of them are over 24
+-- hours old and before the day after that takes the key; or with the list, if that is earlier.
+local function expire_requests(session)
+  local today = day_of(session)
+  for day = today - 1, today do
+    local ends_at = (day + 2) * REQUEST_MEMORY_MS
+    if session.expires_at then
+      ends_at = math.min(ends_at, session.expires_at)
+    end
+    expire_in(REQUESTS[day % 2], ends_at - session.now)
+  end
+end
+
+-- The record of a request, if it is at most 24 hours old; or nil, and what the script must return
+-- if that could not be found out.
+local function recall(session, request)
+  local found, found_at = nil, nil
+  for bucket = 0, 1 do
+    local record = redis.pcall('HGET', REQUESTS[bucket], request)
+    local refusal = refusal_of(record, REQUESTS[bucket])
+    if refusal then
+      return nil, refusal
+    end
+    if record and not session.is_cleared then
+      if #record ~= 44 then
+        return nil, { 'corrupt', REQUESTS[bucket] }
+      end
+      local written_at = struct.unpack('>I8', record, 37)
+      local is_valid = session.now - written_at < REQUEST_MEMORY_MS
+      if is_valid and (not found or written_at > found_at) then
+        found, found_at = record, written_at
+      end
+    end
+  end
+  return found
+end

@@ -1,0 +1,1376 @@
+//! What the Redis store promises beyond the contract that all stores share: LangChain's keys, what
+//! others may do to them, what a call costs, and what happens when Redis fails. Against real
+//! servers, as every promise here is about what Redis does.
+
+mod harness;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use chat_memory::message::SessionId;
+use chat_memory::store::redis::{InvalidSettings, Redis as RedisStore, Settings};
+use chat_memory::store::{
+    Append, Appended, Body, ELEMENT_BYTES_MAX, Epoch, Error, Order, Page, REQUEST_MEMORY_MS, Read,
+    RequestKey, Store as _, TOMBSTONE_MS,
+};
+use harness::proxy::{Mode, Proxy};
+use harness::redis::{Options, Redis};
+use redis::Value;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+
+/// What any call may take with the default timeout, as the store's doc says.
+const CALL_MAX: Duration = Duration::from_secs(6);
+/// What a condition may take to come true.
+const LIMIT: Duration = Duration::from_secs(20);
+/// How long the facts outlive the list.
+const LINGER_MS: i64 = 3_600_000;
+
+const LIST: &str = "message_store:s";
+const FACTS: &str = "{message_store:s}:session";
+const REQUESTS: [&str; 2] = [
+    "{message_store:s}:requests:0",
+    "{message_store:s}:requests:1",
+];
+
+fn session() -> SessionId {
+    SessionId::parse("s").unwrap()
+}
+
+fn settings(url: impl Into<String>) -> Settings {
+    Settings::new(url)
+}
+
+/// A store on a server, connected.
+async fn store_at(url: impl Into<String>) -> RedisStore {
+    let store = RedisStore::connect(settings(url)).expect("valid settings");
+    store.ready(LIMIT).await.expect("Redis is there");
+    store
+}
+
+async fn start() -> (Redis, RedisStore) {
+    let redis = Redis::start().await;
+    let store = store_at(redis.url()).await;
+    (redis, store)
+}
+
+fn request(id: &str) -> RequestKey {
+    RequestKey::new("append", id, b"body")
+}
+
+/// An append of these elements, whose request is named by the first one.
+fn appending(elements: &[&str]) -> Append {
+    Append {
+        elements: elements
+            .iter()
+            .map(|element| Bytes::copy_from_slice(element.as_bytes()))
+            .collect(),
+        request: request(elements[0]),
+        time_ms: 1_763_910_000_123,
+        expected_last_sequence: None,
+        expected_epoch: None,
+    }
+}
+
+async fn append(store: &RedisStore, elements: &[&str]) -> Appended {
+    store
+        .append(&session(), appending(elements))
+        .await
+        .expect("append")
+}
+
+const ALL: Read = Read {
+    order: Order::OldestFirst,
+    after: 0,
+    before: None,
+    last: None,
+    limit: 1_000,
+    bytes_max: 3 << 20,
+};
+
+async fn read(store: &RedisStore) -> Page {
+    store.read(&session(), ALL).await.expect("read")
+}
+
+/// What a page holds: `1:a 2:b`.
+fn show(page: &Page) -> String {
+    let elements: Vec<String> = page
+        .elements
+        .iter()
+        .map(|element| {
+            let body = match &element.body {
+                Body::Bytes(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+                Body::TooLarge(size) => format!("({size} bytes)"),
+            };
+            format!("{}:{body}", element.sequence)
+        })
+        .collect();
+    elements.join(" ")
+}
+
+/// All that a server holds: each key, and its contents as DUMP gives them.
+async fn contents(redis: &Redis) -> BTreeMap<String, Vec<u8>> {
+    let keys: Vec<String> = redis.command(&["KEYS", "*"]).await;
+    let mut contents = BTreeMap::new();
+    for key in keys {
+        let dump = redis.command(&["DUMP", &key]).await;
+        contents.insert(key, dump);
+    }
+    contents
+}
+
+async fn keys(redis: &Redis) -> Vec<String> {
+    contents(redis).await.into_keys().collect()
+}
+
+async fn pttl(redis: &Redis, key: &str) -> i64 {
+    redis.command(&["PTTL", key]).await
+}
+
+/// Fails unless the number is the expected one or at most 10 s less (time has passed).
+#[track_caller]
+fn assert_close(found: i64, expected: i64) {
+    assert!(
+        (expected - 10_000..=expected).contains(&found),
+        "{found} is not {expected}"
+    );
+}
+
+/// Waits until a condition holds.
+async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let end = Instant::now() + LIMIT;
+    while !holds().await {
+        assert!(Instant::now() < end, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Runs a call, and fails if it takes longer than the store promises.
+async fn bounded<T>(call: impl Future<Output = T>) -> T {
+    tokio::time::timeout(CALL_MAX + Duration::from_secs(1), call)
+        .await
+        .expect("a call must end in bounded time")
+}
+
+async fn until_reachable(store: &RedisStore, wanted: bool) {
+    let mut reachable = store.reachable();
+    let wait = reachable.wait_for(|reachable| *reachable == wanted);
+    tokio::time::timeout(LIMIT, wait)
+        .await
+        .unwrap_or_else(|_| panic!("reachable is never {wanted}"))
+        .expect("the store lives");
+}
+
+// What is kept, and how.
+
+#[tokio::test]
+async fn elements_are_kept_where_and_as_langchain_keeps_them() {
+    let (redis, store) = start().await;
+    let first = r#"{"type": "human", "data": {"content": "h\u00e9"}}"#;
+    let written = append(&store, &[first, "b"]).await;
+    assert_eq!(
+        written,
+        Appended {
+            first_sequence: 1,
+            count: 2,
+            time_ms: 1_763_910_000_123,
+            repeated: false
+        }
+    );
+    assert_eq!(append(&store, &["c"]).await.first_sequence, 3);
+
+    let list: Vec<String> = redis.command(&["LRANGE", LIST, "0", "-1"]).await;
+    assert_eq!(list, ["c", "b", first], "the newest is at index 0");
+    let day = (unix_ms(&redis).await / REQUEST_MEMORY_MS) as usize;
+    let mut expected = vec![LIST.to_owned(), FACTS.into(), REQUESTS[day % 2].into()];
+    expected.sort();
+    assert_eq!(keys(&redis).await, expected);
+}
+
+async fn unix_ms(redis: &Redis) -> i64 {
+    let (seconds, micros): (i64, i64) = redis.command(&["TIME"]).await;
+    seconds * 1000 + micros / 1000
+}
+
+#[tokio::test]
+async fn bytes_come_back_as_they_were_whatever_they_are() {
+    let (_redis, store) = start().await;
+    let all_bytes: Vec<u8> = (0..=255).collect();
+    let elements = vec![
+        Bytes::from(all_bytes),
+        Bytes::new(),
+        Bytes::from(vec![0; 1 << 20]),
+    ];
+    let mut large = appending(&["x"]);
+    large.elements = elements.clone();
+    store.append(&session(), large).await.unwrap();
+    let page = read(&store).await;
+    let found: Vec<Body> = page.elements.into_iter().map(|e| e.body).collect();
+    let expected: Vec<Body> = elements.into_iter().map(Body::Bytes).collect();
+    assert_eq!(found, expected);
+}
+
+#[tokio::test]
+async fn an_append_of_more_elements_than_lua_passes_at_once_is_stored_in_order() {
+    let (_redis, store) = start().await;
+    let mut many = appending(&["x"]);
+    many.elements = (1..=10_001).map(|n| Bytes::from(n.to_string())).collect();
+    let written = store.append(&session(), many).await.unwrap();
+    assert_eq!((written.first_sequence, written.count), (1, 10_001));
+    let tail = Read {
+        after: 9_998,
+        ..ALL
+    };
+    let page = store.read(&session(), tail).await.unwrap();
+    assert_eq!(show(&page), "9999:9999 10000:10000 10001:10001");
+}
+
+// What others do to the list.
+
+#[tokio::test]
+async fn what_others_push_between_our_appends_gets_the_sequence_of_its_place() {
+    let (redis, store) = start().await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs 1"]).await;
+    append(&store, &["ours 2"]).await;
+    let _: i64 = redis
+        .command(&["LPUSH", LIST, "theirs 3", "theirs 4"])
+        .await;
+    assert_eq!(append(&store, &["ours 5"]).await.first_sequence, 5);
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs 6"]).await;
+
+    let page = read(&store).await;
+    assert_eq!(
+        show(&page),
+        "1:theirs 1 2:ours 2 3:theirs 3 4:theirs 4 5:ours 5 6:theirs 6"
+    );
+    assert_eq!((page.last_sequence, page.epoch), (6, Epoch(0)));
+
+    let mut conditional = appending(&["ours 7"]);
+    conditional.expected_last_sequence = Some(5);
+    assert_eq!(
+        store.append(&session(), conditional.clone()).await,
+        Err(Error::SequenceMismatch {
+            expected: 5,
+            actual: 6
+        })
+    );
+    conditional.expected_last_sequence = Some(6);
+    let written = store.append(&session(), conditional).await.unwrap();
+    assert_eq!(written.first_sequence, 7);
+}
+
+#[tokio::test]
+async fn a_list_that_others_deleted_goes_on_after_the_last_sequence_and_fences_turns() {
+    let (redis, store) = start().await;
+    append(&store, &["a", "b", "c"]).await;
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+
+    let mut fenced = appending(&["of a turn"]);
+    fenced.expected_epoch = Some(Epoch(0));
+    assert_eq!(
+        store.append(&session(), fenced.clone()).await,
+        Err(Error::Cleared)
+    );
+    let page = read(&store).await;
+    assert_eq!((show(&page).as_str(), page.last_sequence), ("", 3));
+    assert_eq!(page.epoch, Epoch(1));
+    assert_eq!(
+        store.append(&session(), fenced.clone()).await,
+        Err(Error::Cleared)
+    );
+
+    assert_eq!(append(&store, &["d"]).await.first_sequence, 4);
+    fenced.expected_epoch = Some(Epoch(1));
+    assert_eq!(
+        store
+            .append(&session(), fenced)
+            .await
+            .unwrap()
+            .first_sequence,
+        5
+    );
+}
+
+#[tokio::test]
+async fn a_deletion_by_others_forgets_requests_as_ours_does() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+    assert_eq!(store.recall(&session(), &request("a")).await, Ok(None));
+    let again = append(&store, &["a"]).await;
+    assert_eq!((again.first_sequence, again.repeated), (2, false));
+    assert!(append(&store, &["a"]).await.repeated);
+}
+
+#[tokio::test]
+async fn a_list_that_others_deleted_and_refilled_is_recognised_at_any_length() {
+    for refilled in 1..=6 {
+        let (redis, store) = start().await;
+        append(&store, &["a", "b", "c"]).await;
+        let _: i64 = redis.command(&["DEL", LIST]).await;
+        for index in 1..=refilled {
+            let _: i64 = redis
+                .command(&["LPUSH", LIST, &format!("new {index}")])
+                .await;
+        }
+        let expected: Vec<String> = (1..=refilled)
+            .map(|index| format!("{}:new {index}", 3 + index))
+            .collect();
+        for _ in 0..2 {
+            let page = read(&store).await;
+            assert_eq!(show(&page), expected.join(" "), "refilled with {refilled}");
+            assert_eq!(page.epoch, Epoch(1));
+        }
+        let next = append(&store, &["ours"]).await;
+        assert_eq!(next.first_sequence, 3 + refilled + 1);
+    }
+}
+
+#[tokio::test]
+async fn sequences_that_only_a_read_has_given_out_are_not_given_out_again() {
+    let (redis, store) = start().await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "a", "b", "c"]).await;
+    assert_eq!(show(&read(&store).await), "1:a 2:b 3:c");
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "d"]).await;
+    assert_eq!(show(&read(&store).await), "4:d");
+}
+
+#[tokio::test]
+async fn changes_that_langchain_never_makes_renumber_once_and_then_rest() {
+    let changes: [&[&str]; 5] = [
+        &["RPUSH", LIST, "older"],
+        &["LSET", LIST, "0", "changed"],
+        &["LREM", LIST, "1", "b"],
+        &["LTRIM", LIST, "0", "1"],
+        &["LPOP", LIST],
+    ];
+    for change in changes {
+        let (redis, store) = start().await;
+        append(&store, &["a", "b", "c"]).await;
+        let _: Value = redis.command(change).await;
+        let page = read(&store).await;
+        let first = page.elements[0].sequence;
+        assert_eq!(first, 4, "{change:?}");
+        assert_eq!(page.epoch, Epoch(1), "{change:?}");
+        assert_eq!(read(&store).await, page, "{change:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_expired_starts_at_1_again_in_another_epoch() {
+    let (redis, store) = start().await;
+    for is_cleared_before in [false, true] {
+        append(&store, &["a", "b"]).await;
+        if is_cleared_before {
+            store.clear(&session()).await.unwrap();
+            append(&store, &["a", "b"]).await;
+        }
+        let _: i64 = redis.command(&["PEXPIRE", LIST, "1000"]).await;
+        // This read takes note of the expiry; so would an append.
+        let before = read(&store).await;
+        eventually("the list expires", async || {
+            redis.command::<i64>(&["EXISTS", LIST]).await == 0
+        })
+        .await;
+
+        let after = read(&store).await;
+        assert_eq!((show(&after).as_str(), after.last_sequence), ("", 0));
+        assert_ne!(after.epoch, before.epoch);
+        assert_eq!(read(&store).await, after);
+        assert_eq!(store.recall(&session(), &request("a")).await, Ok(None));
+        assert_eq!(append(&store, &["c"]).await.first_sequence, 1);
+        let _: i64 = redis.command(&["DEL", LIST, FACTS]).await;
+    }
+}
+
+// Expiry.
+
+#[tokio::test]
+async fn without_an_expiry_the_facts_stay_and_requests_go_when_their_day_is_past() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    assert_eq!(pttl(&redis, LIST).await, -1);
+    assert_eq!(pttl(&redis, FACTS).await, -1);
+    let now = unix_ms(&redis).await;
+    let day = now / REQUEST_MEMORY_MS;
+    let left = pttl(&redis, REQUESTS[(day % 2) as usize]).await;
+    assert_close(left, (day + 2) * REQUEST_MEMORY_MS - now + 1_000);
+    assert!(left > REQUEST_MEMORY_MS - 10_000, "24 hours at least");
+    assert!(left <= 2 * REQUEST_MEMORY_MS, "gone before it is reused");
+}
+
+#[tokio::test]
+async fn the_lists_expiry_is_kept_and_the_companions_follow_it() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let day = (unix_ms(&redis).await / REQUEST_MEMORY_MS) as usize;
+    let requests = REQUESTS[day % 2];
+
+    let _: i64 = redis.command(&["EXPIRE", LIST, "1000"]).await;
+    append(&store, &["b"]).await;
+    assert_close(pttl(&redis, LIST).await, 1_000_000);
+    assert_close(pttl(&redis, requests).await, 1_000_000);
+    assert_close(pttl(&redis, FACTS).await, 1_000_000 + LINGER_MS);
+
+    // LangChain pushes and lets it live longer; a read takes note.
+    let _: i64 = redis.command(&["LPUSH", LIST, "c"]).await;
+    let _: i64 = redis.command(&["EXPIRE", LIST, "5000"]).await;
+    read(&store).await;
+    assert_close(pttl(&redis, LIST).await, 5_000_000);
+    assert_close(pttl(&redis, requests).await, 5_000_000);
+    assert_close(pttl(&redis, FACTS).await, 5_000_000 + LINGER_MS);
+
+    // An expiry that others have changed is noticed without a push, too.
+    let _: i64 = redis.command(&["EXPIRE", LIST, "7000"]).await;
+    read(&store).await;
+    assert_close(pttl(&redis, requests).await, 7_000_000);
+    assert_close(pttl(&redis, FACTS).await, 7_000_000 + LINGER_MS);
+
+    // With a base to remember, the facts live longer than the list.
+    store.clear(&session()).await.unwrap();
+    let _: i64 = redis.command(&["LPUSH", LIST, "d"]).await;
+    let _: i64 = redis.command(&["EXPIRE", LIST, "1000"]).await;
+    append(&store, &["e"]).await;
+    assert_close(pttl(&redis, LIST).await, 1_000_000);
+    assert_close(pttl(&redis, FACTS).await, TOMBSTONE_MS);
+
+    let _: i64 = redis.command(&["PERSIST", LIST]).await;
+    append(&store, &["f"]).await;
+    assert_eq!(pttl(&redis, LIST).await, -1);
+    assert_eq!(pttl(&redis, FACTS).await, -1);
+    assert!(pttl(&redis, requests).await > REQUEST_MEMORY_MS - 10_000);
+}
+
+#[tokio::test]
+async fn a_clear_leaves_one_small_record_without_content_for_30_days() {
+    let (redis, store) = start().await;
+    append(&store, &["secret 1", "secret 2"]).await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "secret 3"]).await;
+    assert_eq!(store.clear(&session()).await, Ok(3));
+
+    assert_eq!(keys(&redis).await, [FACTS]);
+    let facts: BTreeMap<String, String> = redis.command(&["HGETALL", FACTS]).await;
+    let facts: Vec<(&str, &str)> = facts
+        .iter()
+        .map(|(k, v)| (k.as_str(), v.as_str()))
+        .collect();
+    assert_eq!(
+        facts,
+        [
+            ("base", "3"),
+            ("epoch", "1"),
+            ("expires_at", ""),
+            ("last", "3"),
+            ("mark", "")
+        ]
+    );
+    assert_close(pttl(&redis, FACTS).await, TOMBSTONE_MS);
+
+    assert_eq!(store.clear(&session()).await, Ok(0), "nothing is left");
+    assert_eq!(
+        store.recall(&session(), &request("secret 1")).await,
+        Ok(None)
+    );
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    assert_eq!(append(&store, &["ours"]).await.first_sequence, 5);
+    let page = read(&store).await;
+    assert_eq!(show(&page), "4:theirs 5:ours");
+    assert_eq!(page.epoch, Epoch(2));
+}
+
+#[tokio::test]
+async fn a_clear_fences_a_turn_on_a_session_that_has_nothing_yet() {
+    let (redis, store) = start().await;
+    let epoch = read(&store).await.epoch;
+    assert!(keys(&redis).await.is_empty(), "a read leaves nothing");
+    assert_eq!(store.clear(&session()).await, Ok(0));
+    let mut fenced = appending(&["of a turn"]);
+    fenced.expected_epoch = Some(epoch);
+    assert_eq!(store.append(&session(), fenced).await, Err(Error::Cleared));
+    assert_eq!(keys(&redis).await, [FACTS]);
+    assert_close(pttl(&redis, FACTS).await, LINGER_MS);
+    assert_eq!(append(&store, &["a"]).await.first_sequence, 1);
+}
+
+// Requests.
+
+/// The hash that holds the only record, and the record.
+async fn only_record(redis: &Redis) -> (usize, Vec<u8>, Vec<u8>) {
+    for (bucket, key) in REQUESTS.iter().enumerate() {
+        let pairs: Vec<Vec<u8>> = redis.command(&["HGETALL", key]).await;
+        if let [field, value] = &pairs[..] {
+            return (bucket, field.clone(), value.clone());
+        }
+    }
+    panic!("there is no record");
+}
+
+#[tokio::test]
+async fn a_request_is_remembered_over_a_change_of_day_and_for_24_hours() {
+    let (redis, store) = start().await;
+    let first = append(&store, &["a", "b"]).await;
+    let (bucket, field, record) = only_record(&redis).await;
+    assert_eq!(field.len(), 16);
+    assert_eq!(record.len(), 44);
+
+    // As if it had been written yesterday: in the other bucket.
+    let _: Value = redis
+        .command(&["RENAME", REQUESTS[bucket], REQUESTS[1 - bucket]])
+        .await;
+    let repeated = append(&store, &["a", "b"]).await;
+    assert_eq!(
+        repeated,
+        Appended {
+            repeated: true,
+            ..first
+        }
+    );
+    assert_eq!(
+        store.recall(&session(), &request("a")).await,
+        Ok(Some(repeated))
+    );
+
+    // As if that had been so long ago.
+    let mut client = redis.client().await.unwrap();
+    let mut set_age = async |age_ms: i64| {
+        let mut aged = record.clone();
+        let written_at = i64::from_be_bytes(record[36..].try_into().unwrap());
+        aged[36..].copy_from_slice(&(written_at - age_ms).to_be_bytes());
+        let mut command = redis::cmd("HSET");
+        command.arg(REQUESTS[1 - bucket]).arg(&field).arg(aged);
+        let _: i64 = command.query_async(&mut client).await.unwrap();
+    };
+    set_age(REQUEST_MEMORY_MS - 60_000).await;
+    assert!(append(&store, &["a", "b"]).await.repeated);
+    set_age(REQUEST_MEMORY_MS).await;
+    assert_eq!(store.recall(&session(), &request("a")).await, Ok(None));
+    let again = append(&store, &["a", "b"]).await;
+    assert_eq!((again.first_sequence, again.repeated), (3, false));
+}
+
+#[tokio::test]
+async fn a_request_id_with_another_body_is_refused_and_writes_nothing() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let before = contents(&redis).await;
+    let mut other = appending(&["a"]);
+    other.request.fingerprint = [7; 16];
+    assert_eq!(
+        store.append(&session(), other.clone()).await,
+        Err(Error::RequestReused)
+    );
+    assert_eq!(
+        store.recall(&session(), &other.request).await,
+        Err(Error::RequestReused)
+    );
+    assert_eq!(contents(&redis).await, before);
+}
+
+#[tokio::test]
+async fn a_repeated_request_is_recognised_before_its_conditions() {
+    let (_redis, store) = start().await;
+    let mut conditional = appending(&["a"]);
+    conditional.expected_last_sequence = Some(0);
+    conditional.expected_epoch = Some(Epoch(0));
+    let first = store.append(&session(), conditional.clone()).await.unwrap();
+    let second = store.append(&session(), conditional).await.unwrap();
+    assert_eq!(
+        second,
+        Appended {
+            repeated: true,
+            ..first
+        }
+    );
+}
+
+#[tokio::test]
+async fn a_hundred_requests_keep_their_compact_encoding() {
+    let (redis, store) = start().await;
+    for n in 0..100 {
+        append(&store, &[&format!("element {n}")]).await;
+    }
+    for key in REQUESTS {
+        if redis.command::<i64>(&["EXISTS", key]).await == 1 {
+            let encoding: String = redis.command(&["OBJECT", "ENCODING", key]).await;
+            assert!(
+                ["listpack", "ziplist"].contains(&encoding.as_str()),
+                "{encoding}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn two_servers_that_append_the_same_request_at_once_store_it_once() {
+    let (redis, one) = start().await;
+    let two = store_at(redis.url()).await;
+    for n in 0..50 {
+        let element = format!("element {n}");
+        let elements = [element.as_str()];
+        let (a, b) = tokio::join!(append(&one, &elements), append(&two, &elements));
+        assert_eq!(a.first_sequence, b.first_sequence);
+        assert_ne!(a.repeated, b.repeated);
+    }
+    assert_eq!(redis.command::<i64>(&["LLEN", LIST]).await, 50);
+}
+
+// What a call costs.
+
+/// The commands that reach a server, ours and those of scripts, from now on.
+struct Monitor {
+    lines: BufReader<tokio::net::TcpStream>,
+}
+
+impl Monitor {
+    async fn start(redis: &Redis) -> Self {
+        let stream = tokio::net::TcpStream::connect(redis.address())
+            .await
+            .unwrap();
+        let mut lines = BufReader::new(stream);
+        lines.write_all(b"MONITOR\r\n").await.unwrap();
+        let mut monitor = Self { lines };
+        assert_eq!(monitor.line().await, "+OK");
+        monitor
+    }
+
+    async fn line(&mut self) -> String {
+        let mut line = String::new();
+        let reading = self.lines.read_line(&mut line);
+        tokio::time::timeout(LIMIT, reading).await.unwrap().unwrap();
+        line.trim_end().to_owned()
+    }
+
+    /// The commands since the last call, without pings: those of clients, and those of scripts.
+    async fn commands(&mut self, redis: &Redis) -> (Vec<String>, Vec<String>) {
+        let _: String = redis.command(&["ECHO", "end of monitoring"]).await;
+        let (mut of_clients, mut of_scripts) = (Vec::new(), Vec::new());
+        loop {
+            let line = self.line().await;
+            if line.contains("end of monitoring") {
+                return (of_clients, of_scripts);
+            }
+            // `+1700000000.1 [0 lua] "LLEN" "key"`
+            let (origin, command) = line.split_once("] ").expect("a monitored command");
+            if origin.ends_with(" lua") {
+                of_scripts.push(command.to_owned());
+            } else if !command.starts_with("\"PING\"") && !command.contains("\"CLIENT\"") {
+                of_clients.push(command.to_owned());
+            }
+        }
+    }
+}
+
+/// How many elements these commands of scripts have read from the list.
+fn elements_fetched(commands: &[String]) -> i64 {
+    let count = |command: &String| {
+        let words: Vec<&str> = command
+            .split(' ')
+            .map(|word| word.trim_matches('"'))
+            .collect();
+        match words[..] {
+            ["LINDEX", ..] => 1,
+            ["LRANGE", _, from, to] => {
+                to.parse::<i64>().unwrap() - from.parse::<i64>().unwrap() + 1
+            }
+            _ => 0,
+        }
+    };
+    commands.iter().map(count).sum()
+}
+
+#[tokio::test]
+async fn an_append_is_one_round_trip_and_so_is_a_read_which_fetches_what_it_returns() {
+    let (redis, store) = start().await;
+    let elements: Vec<String> = (1..=100).map(|n| format!("element {n}")).collect();
+    let elements: Vec<&str> = elements.iter().map(String::as_str).collect();
+    append(&store, &elements).await;
+    read(&store).await;
+    let mut monitor = Monitor::start(&redis).await;
+
+    append(&store, &["another"]).await;
+    let (of_clients, of_scripts) = monitor.commands(&redis).await;
+    assert_eq!(of_clients.len(), 1, "{of_clients:?}");
+    assert!(of_clients[0].starts_with("\"EVALSHA\""), "{of_clients:?}");
+    assert_eq!(elements_fetched(&of_scripts), 1, "the last one, to compare");
+
+    for (order, last, limit) in [
+        (Order::NewestFirst, None, 20),
+        (Order::OldestFirst, None, 20),
+        (Order::OldestFirst, Some(20), 100),
+        (Order::NewestFirst, None, 1),
+    ] {
+        let some = Read {
+            order,
+            last,
+            limit,
+            ..ALL
+        };
+        let page = store.read(&session(), some).await.unwrap();
+        let (of_clients, of_scripts) = monitor.commands(&redis).await;
+        assert_eq!(of_clients.len(), 1, "{of_clients:?}");
+        let returned = page.elements.len() as i64;
+        assert_eq!(
+            elements_fetched(&of_scripts),
+            returned + 1,
+            "{of_scripts:?}"
+        );
+        let writes = ["HSET", "PERSIST", "PEXPIRE", "UNLINK"];
+        let is_write = |command: &&String| writes.iter().any(|write| command.contains(write));
+        assert_eq!(of_scripts.iter().find(is_write), None);
+    }
+}
+
+#[tokio::test]
+async fn a_read_that_runs_out_of_bytes_fetches_one_piece_in_vain_at_most() {
+    let (redis, store) = start().await;
+    let large = "x".repeat(1_000);
+    let elements: Vec<&str> = (0..1_000).map(|_| large.as_str()).collect();
+    append(&store, &elements).await;
+    read(&store).await;
+    let mut monitor = Monitor::start(&redis).await;
+    for (bytes_max, returned) in [(1, 1), (5_000, 5), (20_500, 20), (500_999, 500)] {
+        for order in [Order::OldestFirst, Order::NewestFirst] {
+            let some = Read {
+                bytes_max,
+                order,
+                ..ALL
+            };
+            let page = store.read(&session(), some).await.unwrap();
+            assert_eq!(page.elements.len(), returned);
+            assert!(page.more);
+            let (_, of_scripts) = monitor.commands(&redis).await;
+            let in_vain = elements_fetched(&of_scripts) - 1 - returned as i64;
+            assert!((0..8).contains(&in_vain), "{in_vain} of {returned}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_last_20_of_100_000_cost_what_the_last_20_of_20_cost() {
+    let (redis, store) = start().await;
+    let small = SessionId::parse("small").unwrap();
+    let large = SessionId::parse("large").unwrap();
+    let mut client = redis.client().await.unwrap();
+    let batch = vec!["element"; 1_000];
+    for _ in 0..100 {
+        let mut push = redis::cmd("LPUSH");
+        push.arg("message_store:large").arg(&batch);
+        let _: i64 = push.query_async(&mut client).await.unwrap();
+    }
+    let mut push = redis::cmd("LPUSH");
+    push.arg("message_store:small").arg(&batch[..20]);
+    let _: i64 = push.query_async(&mut client).await.unwrap();
+
+    let mut monitor = Monitor::start(&redis).await;
+    let last_20 = Read {
+        last: Some(20),
+        ..ALL
+    };
+    let mut costs = Vec::new();
+    for session in [&small, &large] {
+        // The first read takes note of what others have written.
+        store.read(session, last_20).await.unwrap();
+        monitor.commands(&redis).await;
+        let page = store.read(session, last_20).await.unwrap();
+        assert_eq!(page.elements.len(), 20);
+        let (of_clients, of_scripts) = monitor.commands(&redis).await;
+        costs.push((
+            of_clients.len(),
+            of_scripts.len(),
+            elements_fetched(&of_scripts),
+        ));
+    }
+    assert_eq!(costs, [(1, costs[0].1, 21); 2]);
+}
+
+#[tokio::test]
+async fn pages_of_any_range_order_and_size_are_what_the_list_says() {
+    let (redis, store) = start().await;
+    // A base, and elements of all sizes, one of them too large to be handed out.
+    append(&store, &["cleared", "cleared"]).await;
+    store.clear(&session()).await.unwrap();
+    let mut sizes: Vec<usize> = (0..60).map(|n| n * 37 % 101).collect();
+    sizes[30] = ELEMENT_BYTES_MAX + 1;
+    sizes[31] = ELEMENT_BYTES_MAX;
+    let mut client = redis.client().await.unwrap();
+    for size in &sizes {
+        let mut push = redis::cmd("LPUSH");
+        push.arg(LIST).arg("x".repeat(*size));
+        let _: i64 = push.query_async(&mut client).await.unwrap();
+    }
+    let all: Vec<(i64, usize)> = (3..).zip(sizes).collect();
+    let newest = 62;
+
+    for order in [Order::OldestFirst, Order::NewestFirst] {
+        for (after, before) in [
+            (0, None),
+            (1, Some(3)),
+            (2, Some(4)),
+            (10, None),
+            (10, Some(33)),
+            (31, Some(36)),
+            (40, Some(1_000)),
+            (61, None),
+            (62, None),
+            (63, None),
+            (i64::MAX, None),
+            (0, Some(i64::MIN)),
+            (20, Some(10)),
+        ] {
+            for last in [None, Some(1), Some(20), Some(usize::MAX)] {
+                for (limit, bytes_max) in [
+                    (1, 0),
+                    (1, 3 << 20),
+                    (7, 300),
+                    (45, 3 << 20),
+                    (1_000, 2_000),
+                ] {
+                    let read = Read {
+                        order,
+                        after,
+                        before,
+                        last,
+                        limit,
+                        bytes_max,
+                    };
+                    let page = store.read(&session(), read).await.unwrap();
+                    check_page(&page, read, &all, newest);
+                }
+            }
+        }
+    }
+}
+
+/// Compares a page with what the docs of `Read` and `Page` say of it.
+fn check_page(page: &Page, read: Read, all: &[(i64, usize)], newest: i64) {
+    let end = read.before.unwrap_or(newest + 1);
+    let mut range: Vec<(i64, usize)> = all
+        .iter()
+        .copied()
+        .filter(|(sequence, _)| *sequence > read.after && *sequence < end)
+        .collect();
+    range.reverse();
+    range.truncate(read.last.unwrap_or(usize::MAX));
+    if read.order == Order::OldestFirst {
+        range.reverse();
+    }
+    let mut expected = Vec::new();
+    let mut bytes = 0;
+    for (sequence, size) in &range {
+        let counted = if *size > ELEMENT_BYTES_MAX { 0 } else { *size };
+        bytes += counted;
+        let is_full = expected.len() == read.limit || bytes > read.bytes_max;
+        if is_full && !expected.is_empty() {
+            break;
+        }
+        expected.push((*sequence, *size, *size > ELEMENT_BYTES_MAX));
+    }
+    let found: Vec<(i64, usize, bool)> = page
+        .elements
+        .iter()
+        .map(|element| match &element.body {
+            Body::Bytes(bytes) => (element.sequence, bytes.len(), false),
+            Body::TooLarge(size) => (element.sequence, *size, true),
+        })
+        .collect();
+    assert_eq!(found, expected, "{read:?}");
+    assert_eq!(page.more, expected.len() < range.len(), "{read:?}");
+    assert_eq!(page.last_sequence, newest);
+    assert_eq!(page.before, end);
+    // Read again with the range that the page names, the page is the same.
+    let in_range = |sequence: i64| sequence > page.after && sequence < page.before;
+    let named = all
+        .iter()
+        .filter(|(sequence, _)| in_range(*sequence))
+        .count();
+    assert_eq!(named, range.len(), "{read:?}: after {}", page.after);
+    assert!(page.after >= read.after);
+}
+
+// What Redis refuses.
+
+#[tokio::test]
+async fn a_key_of_another_type_is_named_and_left_alone() {
+    let fill: [&[&str]; 3] = [&["SET", "value"], &["HSET", "f", "v"], &["ZADD", "1", "m"]];
+    let (redis, store) = start().await;
+    for key in [LIST, FACTS, REQUESTS[0], REQUESTS[1]] {
+        for words in fill {
+            let is_own_type = key != LIST && words[0] == "HSET";
+            if is_own_type {
+                continue;
+            }
+            let _: Value = redis.command(&["FLUSHALL"]).await;
+            append(&store, &["a"]).await;
+            let _: i64 = redis.command(&["DEL", key]).await;
+            let command = [&[words[0], key], &words[1..]].concat();
+            let _: Value = redis.command(&command).await;
+            let before = contents(&redis).await;
+
+            let refused = Error::WrongKeyType {
+                key: key.to_owned(),
+            };
+            let result = store.append(&session(), appending(&["b"])).await;
+            assert_eq!(result, Err(refused.clone()), "{command:?}");
+            let result = store.clear(&session()).await;
+            assert_eq!(result, Err(refused.clone()), "{command:?}");
+            if !REQUESTS.contains(&key) {
+                let result = store.read(&session(), ALL).await;
+                assert_eq!(result, Err(refused), "{command:?}");
+            }
+            assert_eq!(contents(&redis).await, before);
+        }
+    }
+}
+
+#[tokio::test]
+async fn facts_that_make_no_sense_are_reported_and_left_alone() {
+    let (redis, store) = start().await;
+    for (field, value) in [("base", "x"), ("base", "9"), ("base", "-1"), ("epoch", "")] {
+        let _: Value = redis.command(&["FLUSHALL"]).await;
+        append(&store, &["a"]).await;
+        let _: i64 = redis.command(&["HSET", FACTS, field, value]).await;
+        let before = contents(&redis).await;
+        let result = store.append(&session(), appending(&["b"])).await;
+        assert!(matches!(result, Err(Error::Corrupt(_))), "{result:?}");
+        let result = store.read(&session(), ALL).await;
+        assert!(matches!(result, Err(Error::Corrupt(_))), "{result:?}");
+        assert_eq!(contents(&redis).await, before);
+    }
+}
+
+#[tokio::test]
+async fn a_redis_without_memory_stores_nothing_and_can_be_read_and_cleared() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    let before = contents(&redis).await;
+    let _: Value = redis.command(&["CONFIG", "SET", "maxmemory", "1"]).await;
+
+    let result = store.append(&session(), appending(&["b"])).await;
+    assert!(matches!(result, Err(Error::Full(_))), "{result:?}");
+    assert_eq!(contents(&redis).await, before);
+    let unseen = SessionId::parse("unseen").unwrap();
+    let result = store.append(&unseen, appending(&["b"])).await;
+    assert!(matches!(result, Err(Error::Full(_))), "{result:?}");
+    assert_eq!(contents(&redis).await, before);
+
+    assert!(
+        append(&store, &["a"]).await.repeated,
+        "it was stored before"
+    );
+    assert_eq!(show(&read(&store).await), "1:a 2:theirs");
+    let last: String = redis.command(&["HGET", FACTS, "last"]).await;
+    assert_eq!(last, "2", "the read has taken note of what it gave out");
+    assert_eq!(store.clear(&session()).await, Ok(2));
+    assert_eq!(keys(&redis).await, [FACTS]);
+
+    let _: Value = redis.command(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    assert_eq!(append(&store, &["b"]).await.first_sequence, 3);
+}
+
+#[tokio::test]
+async fn a_redis_that_refuses_writes_can_be_read() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    let before = contents(&redis).await;
+    let _: Value = redis
+        .command(&["CONFIG", "SET", "min-replicas-to-write", "1"])
+        .await;
+
+    let result = store.append(&session(), appending(&["b"])).await;
+    let Err(Error::Unavailable(reason)) = &result else {
+        panic!("{result:?}");
+    };
+    assert!(reason.contains("NOREPLICAS"), "{reason}");
+    let result = store.clear(&session()).await;
+    assert!(matches!(result, Err(Error::Unavailable(_))), "{result:?}");
+    assert_eq!(show(&read(&store).await), "1:a 2:theirs");
+    assert_eq!(contents(&redis).await, before);
+}
+
+#[tokio::test]
+async fn scripts_that_redis_has_forgotten_are_loaded_again() {
+    let (redis, store) = start().await;
+    for n in 1..=3 {
+        let _: Value = redis.command(&["SCRIPT", "FLUSH"]).await;
+        assert_eq!(
+            append(&store, &[&format!("element {n}")])
+                .await
+                .first_sequence,
+            n
+        );
+        let _: Value = redis.command(&["SCRIPT", "FLUSH"]).await;
+        assert_eq!(read(&store).await.last_sequence, n);
+    }
+}
+
+#[tokio::test]
+async fn a_master_that_became_a_replica_is_left_until_it_is_a_master_again() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let _: Value = redis.command(&["REPLICAOF", "127.0.0.1", "1"]).await;
+    let result = bounded(store.append(&session(), appending(&["b"]))).await;
+    assert!(matches!(result, Err(Error::Unavailable(_))), "{result:?}");
+    until_reachable(&store, false).await;
+    let _: Value = redis.command(&["REPLICAOF", "NO", "ONE"]).await;
+    until_reachable(&store, true).await;
+    assert_eq!(append(&store, &["b"]).await.first_sequence, 2);
+}
+
+// When Redis or the network fails.
+
+#[tokio::test]
+async fn a_redis_that_dies_is_unavailable_and_comes_back_by_itself() {
+    let mut redis = Redis::start_with(Options {
+        durable: true,
+        ..Options::default()
+    })
+    .await;
+    let store = store_at(redis.url()).await;
+    append(&store, &["a"]).await;
+
+    redis.kill();
+    until_reachable(&store, false).await;
+    let result = bounded(store.append(&session(), appending(&["b"]))).await;
+    assert!(matches!(result, Err(Error::Unavailable(_))), "{result:?}");
+    let result = bounded(store.read(&session(), ALL)).await;
+    assert!(matches!(result, Err(Error::Unavailable(_))), "{result:?}");
+    let result = bounded(store.clear(&session())).await;
+    assert!(matches!(result, Err(Error::Unavailable(_))), "{result:?}");
+
+    redis.restart().await;
+    until_reachable(&store, true).await;
+    assert_eq!(append(&store, &["b"]).await.first_sequence, 2);
+    assert!(append(&store, &["a"]).await.repeated);
+    assert_eq!(show(&read(&store).await), "1:a 2:b");
+}
+
+#[tokio::test]
+async fn a_store_starts_without_redis_and_finds_it_later() {
+    let mut redis = Redis::start().await;
+    redis.stop().await;
+    let store = RedisStore::connect(settings(redis.url())).unwrap();
+    assert!(!*store.reachable().borrow());
+    let ready = store.ready(Duration::from_millis(500)).await;
+    let Err(Error::Unavailable(reason)) = &ready else {
+        panic!("{ready:?}");
+    };
+    assert!(reason.contains("refused"), "{reason}");
+    redis.restart().await;
+    store.ready(LIMIT).await.expect("it is there now");
+    assert!(*store.reachable().borrow());
+    assert_eq!(append(&store, &["a"]).await.first_sequence, 1);
+}
+
+#[tokio::test]
+async fn a_connection_that_died_in_silence_is_found_and_replaced() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = store_at(proxy.redis_url()).await;
+    append(&store, &["a"]).await;
+
+    proxy.set(Mode::Silent);
+    let result = bounded(store.append(&session(), appending(&["b"]))).await;
+    assert!(
+        matches!(result, Err(Error::OutcomeUnknown(_))),
+        "{result:?}"
+    );
+    let result = bounded(store.read(&session(), ALL)).await;
+    assert!(matches!(result, Err(Error::Unavailable(_))), "{result:?}");
+    until_reachable(&store, false).await;
+
+    proxy.set(Mode::Forward);
+    until_reachable(&store, true).await;
+    assert!(!append(&store, &["b"]).await.repeated);
+    assert_eq!(show(&read(&store).await), "1:a 2:b");
+}
+
+#[tokio::test]
+async fn a_connection_that_dies_in_silence_while_nobody_calls_is_found_by_pings() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = store_at(proxy.redis_url()).await;
+    proxy.set(Mode::Silent);
+    until_reachable(&store, false).await;
+    proxy.set(Mode::Forward);
+    until_reachable(&store, true).await;
+}
+
+#[tokio::test]
+async fn a_cut_connection_is_replaced_without_a_caller_noticing() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = store_at(proxy.redis_url()).await;
+    for n in 1..=5 {
+        proxy.cut();
+        assert_eq!(
+            append(&store, &[&format!("element {n}")])
+                .await
+                .first_sequence,
+            n
+        );
+        proxy.cut();
+        assert_eq!(read(&store).await.last_sequence, n);
+    }
+    assert!(proxy.accepted() > 5);
+}
+
+#[tokio::test]
+async fn an_append_whose_reply_is_lost_is_stored_once_and_succeeds() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = store_at(proxy.redis_url()).await;
+    append(&store, &["a"]).await;
+
+    proxy.lose_reply_to(b"precious");
+    let written = append(&store, &["precious"]).await;
+    assert_eq!(proxy.lost(), 1);
+    assert_eq!((written.first_sequence, written.count), (2, 1));
+    let list: Vec<String> = redis.command(&["LRANGE", LIST, "0", "-1"]).await;
+    assert_eq!(list, ["precious", "a"]);
+}
+
+#[tokio::test]
+async fn an_append_whose_reply_is_lost_for_good_is_of_unknown_outcome_and_can_be_repeated() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = store_at(proxy.redis_url()).await;
+    append(&store, &["a"]).await;
+
+    proxy.set(Mode::Refuse);
+    proxy.lose_reply_to(b"precious");
+    let result = bounded(store.append(&session(), appending(&["precious"]))).await;
+    assert!(
+        matches!(result, Err(Error::OutcomeUnknown(_))),
+        "{result:?}"
+    );
+    assert_eq!(proxy.lost(), 1);
+
+    proxy.set(Mode::Forward);
+    store.ready(LIMIT).await.unwrap();
+    let written = append(&store, &["precious"]).await;
+    assert_eq!((written.first_sequence, written.repeated), (2, true));
+    assert_eq!(redis.command::<i64>(&["LLEN", LIST]).await, 2);
+}
+
+#[tokio::test]
+async fn a_repetition_that_redis_refuses_leaves_the_outcome_unknown() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = store_at(proxy.redis_url()).await;
+    append(&store, &["a"]).await;
+    // Redis forgets the record and runs out of memory between the two attempts: the second one
+    // cannot say what became of the first.
+    proxy.lose_reply_to(b"precious");
+    proxy.set(Mode::Delay(Duration::from_millis(50)));
+    let session = session();
+    let appending = store.append(&session, appending(&["precious"]));
+    let spoiling = async {
+        eventually("the first attempt arrives", async || {
+            redis.command::<i64>(&["LLEN", LIST]).await == 2
+        })
+        .await;
+        let _: i64 = redis.command(&["DEL", REQUESTS[0], REQUESTS[1]]).await;
+        let _: Value = redis.command(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    };
+    let (result, ()) = tokio::join!(bounded(appending), spoiling);
+    assert!(
+        matches!(result, Err(Error::OutcomeUnknown(_))),
+        "{result:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_clear_whose_reply_is_lost_is_of_unknown_outcome() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = store_at(proxy.redis_url()).await;
+    // Redis knows the script: what is lost is the answer to running it.
+    store.clear(&session()).await.unwrap();
+    append(&store, &["a"]).await;
+    proxy.lose_reply_to(b"EVALSHA");
+    let result = bounded(store.clear(&session())).await;
+    assert!(
+        matches!(result, Err(Error::OutcomeUnknown(_))),
+        "{result:?}"
+    );
+    assert_eq!(proxy.lost(), 1);
+    assert_eq!(redis.command::<i64>(&["EXISTS", LIST]).await, 0);
+}
+
+#[tokio::test]
+async fn a_stopped_process_is_unavailable_and_what_it_got_is_stored_once() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    redis.pause();
+    let result = bounded(store.append(&session(), appending(&["b"]))).await;
+    assert!(
+        matches!(result, Err(Error::OutcomeUnknown(_))),
+        "{result:?}"
+    );
+    let result = bounded(store.read(&session(), ALL)).await;
+    assert!(matches!(result, Err(Error::Unavailable(_))), "{result:?}");
+    until_reachable(&store, false).await;
+    redis.resume();
+    until_reachable(&store, true).await;
+    assert_eq!(append(&store, &["b"]).await.first_sequence, 2);
+    assert_eq!(show(&read(&store).await), "1:a 2:b");
+}
+
+#[tokio::test]
+async fn callers_that_give_up_leave_the_connection_usable() {
+    let (_redis, store) = start().await;
+    let session = session();
+    for n in 0..200 {
+        let element = format!("element {n}");
+        let call = store.append(&session, appending(&[&element]));
+        // Polled once: it is sent, and then dropped.
+        let _ = tokio::time::timeout(Duration::ZERO, call).await;
+    }
+    let page = read(&store).await;
+    let sequences: Vec<i64> = page.elements.iter().map(|e| e.sequence).collect();
+    let expected: Vec<i64> = (1..=page.last_sequence).collect();
+    assert_eq!(sequences, expected);
+    assert!(*store.reachable().borrow());
+}
+
+// Where Redis is, and who may use it.
+
+async fn reason_of(settings: Settings) -> String {
+    let store = RedisStore::connect(settings).expect("valid settings");
+    let ready = store.ready(Duration::from_secs(3)).await;
+    let Err(Error::Unavailable(reason)) = ready else {
+        panic!("{ready:?}");
+    };
+    assert!(!reason.contains("wrong-secret"), "{reason}");
+    reason
+}
+
+#[tokio::test]
+async fn passwords_users_and_databases_are_used_and_refusals_are_clear() {
+    let redis = Redis::start_with(Options {
+        password: Some("right".into()),
+        ..Options::default()
+    })
+    .await;
+    let at = |user: &str| format!("redis://{user}{}", redis.address());
+
+    let reason = reason_of(settings(at(""))).await;
+    assert!(reason.contains("NOAUTH"), "{reason}");
+    let reason = reason_of(settings(at(":wrong-secret@"))).await;
+    assert_eq!(reason, "Redis refused the user name or the password");
+    let reason = reason_of(settings(at(":right@") + "/99")).await;
+    assert!(reason.contains("DB index is out of range"), "{reason}");
+
+    let rules = "ACL SETUSER alice on >pass~ ~message_store:* ~{message_store:* +@all -info -ping";
+    let rules: Vec<&str> = rules.split(' ').collect();
+    let _: Value = redis.command(&rules).await;
+    let alice = store_at(at("alice:pass~@")).await;
+    assert_eq!(append(&alice, &["a"]).await.first_sequence, 1);
+    assert_eq!(
+        alice.describe(),
+        format!("Redis at {}, database 0", redis.address())
+    );
+
+    let other_prefix = Settings {
+        key_prefix: "other:".into(),
+        ..settings(at("alice:pass~@"))
+    };
+    let store = RedisStore::connect(other_prefix).unwrap();
+    let result = store.append(&session(), appending(&["a"])).await;
+    let Err(Error::Unavailable(reason)) = &result else {
+        panic!("{result:?}");
+    };
+    assert!(
+        reason.contains("NOPERM") || reason.contains("key"),
+        "{reason}"
+    );
+
+    let elsewhere = store_at(at(":right@") + "/3").await;
+    assert_eq!(read(&elsewhere).await.last_sequence, 0);
+    assert_eq!(append(&elsewhere, &["b"]).await.first_sequence, 1);
+    assert_eq!(show(&read(&alice).await), "1:a");
+}
+
+#[tokio::test]
+async fn a_unix_socket_and_another_prefix_work() {
+    let redis = Redis::start().await;
+    let store = RedisStore::connect(Settings {
+        key_prefix: "tenant:".into(),
+        ..settings(redis.unix_url())
+    })
+    .unwrap();
+    append(&store, &["a"]).await;
+    let list: Vec<String> = redis.command(&["LRANGE", "tenant:s", "0", "-1"]).await;
+    assert_eq!(list, ["a"]);
+    assert!(store.describe().ends_with("/redis.sock, database 0"));
+}
+
+#[tokio::test]
+async fn tls_works_with_a_trusted_certificate_and_with_no_other() {
+    let redis = Redis::start_with(Options {
+        tls: true,
+        ..Options::default()
+    })
+    .await;
+    let trusting = Settings {
+        ca_file: Some(redis.ca_file()),
+        ..settings(redis.tls_url())
+    };
+    let store = RedisStore::connect(trusting.clone()).unwrap();
+    store.ready(LIMIT).await.unwrap();
+    append(&store, &["a"]).await;
+    assert_eq!(show(&read(&store).await), "1:a");
+    assert!(store.describe().contains("with TLS"));
+
+    let by_address = Settings {
+        url: redis.tls_url().replace("localhost", "127.0.0.1"),
+        ..trusting.clone()
+    };
+    let reason = reason_of(by_address).await;
+    assert!(reason.contains("certificate"), "{reason}");
+
+    // Only where the system has certificates can the store be made without naming one.
+    match RedisStore::connect(settings(redis.tls_url())) {
+        Ok(_) => {
+            let reason = reason_of(settings(redis.tls_url())).await;
+            assert!(reason.contains("certificate"), "{reason}");
+        }
+        Err(error) => assert!(matches!(error, InvalidSettings::Url(_)), "{error}"),
+    }
+
+    let plain = Settings {
+        url: redis.url(),
+        ..trusting
+    };
+    let error = RedisStore::connect(plain).err();
+    assert!(matches!(error, Some(InvalidSettings::Certificates { .. })));
+}
+
+#[tokio::test]
+async fn settings_that_cannot_work_are_refused_at_once() {
+    let refused = |change: fn(&mut Settings)| {
+        let mut settings = settings("redis://localhost");
+        change(&mut settings);
+        RedisStore::connect(settings).err()
+    };
+    assert!(refused(|_| {}).is_none());
+    assert_eq!(
+        refused(|settings| settings.key_prefix = "{tenant}:".into()),
+        Some(InvalidSettings::KeyPrefix)
+    );
+    assert_eq!(
+        refused(|settings| settings.timeout_ms = 0),
+        Some(InvalidSettings::Timeout)
+    );
+    let missing = refused(|settings| {
+        settings.url = "rediss://localhost".into();
+        settings.ca_file = Some("/does/not/exist".into());
+    });
+    assert!(matches!(
+        missing,
+        Some(InvalidSettings::Certificates { .. })
+    ));
+}
