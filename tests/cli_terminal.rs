@@ -1,0 +1,305 @@
+//! The client commands as people meet them: the real program, in a terminal and in pipes.
+
+mod scripted;
+
+use std::{
+    io::{self, BufRead as _, BufReader, Write as _},
+    process::{Child, Command, Output, Stdio},
+};
+
+use rexpect::{
+    reader::Options,
+    session::{PtySession, spawn_with_options},
+};
+use scripted::Scripted;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_chat-memory");
+/// Longer than anything here takes; a test that waits so long has failed.
+const LIMIT_MS: u64 = 20_000;
+const PROMPT: &str = "you> ";
+
+/// The real server, with the model that repeats what it is told.
+struct RealServer {
+    child: Child,
+    target: String,
+    _dir: tempfile::TempDir,
+}
+
+impl RealServer {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // It may say where it listens on stdout or on stderr.
+        let (output, input) = io::pipe().unwrap();
+        let child = Command::new(PROGRAM)
+            .args(["serve", "--listen", "127.0.0.1:0", "--database"])
+            .arg(dir.path().join("chat-memory.db"))
+            .stdin(Stdio::null())
+            .stdout(input.try_clone().unwrap())
+            .stderr(input)
+            .spawn()
+            .unwrap();
+        let mut server = Self {
+            child,
+            target: String::new(),
+            _dir: dir,
+        };
+        let mut lines = BufReader::new(output).lines().map(Result::unwrap);
+        let mut before = String::new();
+        server.target = loop {
+            let Some(line) = lines.next() else {
+                panic!("the server ended before it listened: {before}");
+            };
+            if let Some((_, rest)) = line.split_once("listening on 127.0.0.1:") {
+                let port: String = rest.chars().take_while(char::is_ascii_digit).collect();
+                break format!("127.0.0.1:{port}");
+            }
+            before += &(line + "\n");
+        };
+        // Its output must go somewhere, or it stops when the pipe is full.
+        std::thread::spawn(move || lines.for_each(drop));
+        server
+    }
+}
+
+impl Drop for RealServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A client command, not started yet, that knows nothing of the environment of the test.
+fn client(target: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(arguments)
+        .args(["--target", target])
+        .env_remove("CHAT_MEMORY_TARGET")
+        .env_remove("NO_COLOR")
+        .env("TERM", "xterm");
+    command
+}
+
+/// Runs a client command in pipes.
+fn piped(target: &str, arguments: &[&str], input: &str) -> Output {
+    let mut child = client(target, arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    // Written on the side: the program stops reading while nobody reads what it prints.
+    std::thread::scope(|scope| {
+        scope.spawn(move || match stdin.write_all(input.as_bytes()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            result => result.unwrap(),
+        });
+        child.wait_with_output().unwrap()
+    })
+}
+
+fn stdout_of(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).unwrap()
+}
+
+/// Begins a conversation in a terminal of its own, without colours.
+fn chat(target: &str) -> PtySession {
+    let mut command = client(target, &["chat", "--session", "s"]);
+    command.env("NO_COLOR", "1");
+    let options = Options::new()
+        .timeout_ms(Some(LIMIT_MS))
+        .strip_ansi_escape_codes(true);
+    spawn_with_options(command, options).unwrap()
+}
+
+/// Presses keys, without the one that ends a line.
+fn press(terminal: &mut PtySession, keys: &str) {
+    terminal.send(keys).unwrap();
+    terminal.flush().unwrap();
+}
+
+/// A text as rexpect reads it: it takes each byte for a letter.
+fn as_read(text: &str) -> String {
+    text.bytes().map(char::from).collect()
+}
+
+/// Waits for the end of a conversation, which must be a good one.
+fn expect_end(terminal: &mut PtySession) {
+    terminal.exp_eof().unwrap();
+    let status = format!("{:?}", terminal.process().wait().unwrap());
+    let is_good = status.starts_with("Exited(") && status.ends_with(", 0)");
+    assert!(is_good, "ended with {status}");
+}
+
+#[test]
+fn a_conversation_in_a_terminal_is_answered_stored_shown_and_cleared() {
+    let server = RealServer::start();
+    let mut terminal = chat(&server.target);
+    terminal
+        .exp_string("session s on http://127.0.0.1:")
+        .unwrap();
+    terminal.exp_string("no messages yet").unwrap();
+    terminal.exp_string(PROMPT).unwrap();
+    terminal.send_line("hi there").unwrap();
+    terminal.exp_string("You said: hi there").unwrap();
+    terminal.exp_string(PROMPT).unwrap();
+    terminal.send_line("/history").unwrap();
+    terminal.exp_string("#1 user").unwrap();
+    terminal.exp_string("#2 assistant").unwrap();
+    terminal.exp_string("You said: hi there").unwrap();
+    terminal.exp_string(PROMPT).unwrap();
+    terminal.send_line("/clear").unwrap();
+    terminal.exp_string("[y/N] ").unwrap();
+    terminal.send_line("y").unwrap();
+    terminal.exp_string("2 messages deleted").unwrap();
+    terminal.exp_string(PROMPT).unwrap();
+    terminal.send_line("/quit").unwrap();
+    expect_end(&mut terminal);
+}
+
+#[test]
+fn letters_of_many_bytes_are_edited_whole() {
+    let server = RealServer::start();
+    let mut terminal = chat(&server.target);
+    terminal.exp_string(PROMPT).unwrap();
+    // Backspace takes the last of them away, two steps left and `x` go between the others.
+    press(&mut terminal, "größe会話🎉\x7f");
+    press(&mut terminal, "\x1b[D\x1b[Dx\r");
+    terminal
+        .exp_string(&as_read("You said: größex会話"))
+        .unwrap();
+    terminal.exp_string(PROMPT).unwrap();
+    // The arrow key brings the line back.
+    press(&mut terminal, "\x1b[A!\r");
+    terminal
+        .exp_string(&as_read("You said: größex会話!"))
+        .unwrap();
+    terminal.exp_string(PROMPT).unwrap();
+    terminal.send_control('d').unwrap();
+    expect_end(&mut terminal);
+}
+
+#[test]
+fn ctrl_c_at_the_prompt_drops_the_line_and_says_how_to_leave() {
+    let server = RealServer::start();
+    let mut terminal = chat(&server.target);
+    terminal.exp_string(PROMPT).unwrap();
+    press(&mut terminal, "never sent");
+    terminal.exp_string("never sent").unwrap();
+    terminal.send_control('c').unwrap();
+    terminal.exp_string("(Ctrl-D or /quit leaves)").unwrap();
+    terminal.exp_string(PROMPT).unwrap();
+    terminal.send_line("sent").unwrap();
+    terminal.exp_string("You said: sent").unwrap();
+    terminal.exp_string(PROMPT).unwrap();
+    terminal.send_control('d').unwrap();
+    expect_end(&mut terminal);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_during_an_answer_stops_it_and_the_conversation_goes_on() {
+    let server = Scripted::on_tcp().await;
+    let target = server.target.clone();
+    let mut gone = server.gone.subscribe();
+    let conversation = tokio::task::spawn_blocking(move || {
+        let mut terminal = chat(&target);
+        terminal.exp_string(PROMPT).unwrap();
+        for _ in 0..2 {
+            terminal.send_line("wait").unwrap();
+            terminal.exp_string("waiting").unwrap();
+            terminal.send_control('c').unwrap();
+            terminal.exp_string("[stopped]").unwrap();
+            terminal.exp_string(PROMPT).unwrap();
+        }
+        terminal.send_line("still there?").unwrap();
+        terminal.exp_string("You said: still there?").unwrap();
+        terminal.exp_string(PROMPT).unwrap();
+        terminal.send_control('d').unwrap();
+        expect_end(&mut terminal);
+    });
+    conversation.await.unwrap();
+    gone.wait_for(|gone| *gone).await.unwrap();
+}
+
+#[test]
+fn a_pipe_gets_the_answers_and_nothing_else() {
+    let server = RealServer::start();
+    let output = piped(&server.target, &["chat", "--session", "s"], "hi\ngröße\n");
+    assert_eq!(stdout_of(&output), "You said: hi\nYou said: größe\n");
+    assert_eq!(output.stderr, b"", "{output:?}");
+    assert!(output.status.success());
+
+    let output = piped(&server.target, &["history", "--session", "s", "--json"], "");
+    let contents: Vec<String> = stdout_of(&output)
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|message| message["content"].as_str().unwrap().to_owned())
+        .collect();
+    let expected = ["hi", "You said: hi", "größe", "You said: größe"];
+    assert_eq!(contents, expected);
+    assert!(output.status.success());
+}
+
+#[test]
+fn a_failed_turn_in_a_pipe_is_told_by_the_exit_code() {
+    let server = RealServer::start();
+    let arguments = ["chat", "--session", "s", "--model", "no-such-model"];
+    let output = piped(&server.target, &arguments, "hi\n");
+    assert_eq!(stdout_of(&output), "");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.starts_with("error: "), "{errors}");
+    assert!(errors.contains("UNKNOWN_MODEL"), "{errors}");
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn history_ends_quietly_when_its_reader_goes() {
+    let server = RealServer::start();
+    let line = "x".repeat(10_000) + "\n";
+    let output = piped(
+        &server.target,
+        &["chat", "--session", "s"],
+        &line.repeat(20),
+    );
+    assert!(output.status.success(), "{output:?}");
+
+    let mut child = client(&server.target, &["history", "--session", "s"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut first_line = String::new();
+    let mut reader = BufReader::with_capacity(64, child.stdout.take().unwrap());
+    reader.read_line(&mut first_line).unwrap();
+    // More is on its way than a pipe holds.
+    drop(reader);
+    let output = child.wait_with_output().unwrap();
+    assert!(first_line.starts_with("#1 user"), "{first_line}");
+    assert_eq!(output.stderr, b"", "{output:?}");
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn health_answers_by_exit_code() {
+    let server = RealServer::start();
+    let output = piped(&server.target, &["health"], "");
+    assert_eq!(stdout_of(&output), "SERVING\n");
+    assert_eq!(output.status.code(), Some(0));
+
+    let target = server.target.clone();
+    drop(server);
+    let output = piped(&target, &["health"], "");
+    assert_eq!(stdout_of(&output), "");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("cannot reach chat-memory"), "{errors}");
+    assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn a_session_that_cannot_be_is_refused_before_anything_is_sent() {
+    let output = piped("127.0.0.1:1", &["history", "--session", "a{b}"], "");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("must not contain `{` or `}`"), "{errors}");
+    assert_eq!(output.status.code(), Some(2));
+}
