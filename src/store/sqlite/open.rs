@@ -1,0 +1,272 @@
+//! Opening the file: whose it is, whether it is ours to use, and in which version.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
+
+use super::BUSY_MS_MAX;
+
+/// Marks a file as chat-memory's, in SQLite's header: the letters `CMem`.
+const APPLICATION_ID: i32 = i32::from_be_bytes(*b"CMem");
+
+/// What makes a file of version N + 1 out of one of version N. Only ever grows at its end.
+const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
+
+/// Why the file cannot be used. For the operator, at start.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("the directory {0} does not exist: create it, or name another file")]
+    DirectoryMissing(PathBuf),
+
+    #[error("{0} is a directory: name a file in it")]
+    IsDirectory(PathBuf),
+
+    #[error("no permission to read and write {path} and its directory: {reason}")]
+    Denied { path: PathBuf, reason: String },
+
+    #[error("{0} is on a read-only disk")]
+    ReadOnly(PathBuf),
+
+    #[error("{path} is in use by another chat-memory server: a file can have only one")]
+    InUse { path: PathBuf },
+
+    #[error("{path} is not a chat-memory database: {reason}")]
+    Foreign { path: PathBuf, reason: String },
+
+    #[error(
+        "{path} was written by a newer chat-memory (its schema has version {found}, this program \
+         knows versions up to {known}): use that one"
+    )]
+    Newer {
+        path: PathBuf,
+        found: i64,
+        known: i64,
+    },
+
+    #[error("cannot use {path} as a database: {reason}")]
+    Failed { path: PathBuf, reason: String },
+}
+
+/// The file, held by this process and no other.
+///
+/// The lock is a `flock`, which SQLite, with its `fcntl` locks, does not see: SQLite's own tools can
+/// use the file all the while.
+///
+/// It is taken before the first SQLite connection and let go after the last. The order matters:
+/// when a process closes any descriptor of a file, it loses all its `fcntl` locks on that file,
+/// and so SQLite's; another program could then take the database for unused and remove the log
+/// beside it.
+pub struct Held {
+    /// Absolute, symbolic links resolved.
+    pub path: PathBuf,
+    lock: File,
+}
+
+impl Held {
+    /// Takes the file for this process; creates an empty one if there is none.
+    pub fn take(path: &Path) -> Result<Self, OpenError> {
+        let io_error = |error: io::Error| from_io(path, &error);
+        let database = open_or_create(path).map_err(io_error)?;
+        let path = path.canonicalize().map_err(io_error)?;
+        #[cfg(target_os = "linux")]
+        let lock = database;
+        #[cfg(not(target_os = "linux"))]
+        let lock = {
+            // Stays open, for the same reason as below.
+            std::mem::forget(database);
+            open_or_create(&lock_path(&path)).map_err(io_error)?
+        };
+
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path, lock }),
+            Err(TryLockError::WouldBlock) => {
+                // It may be this very process that holds the file. Closing this descriptor would
+                // drop the other store's `fcntl` locks, as told above; so it stays open.
+                std::mem::forget(lock);
+                Err(OpenError::InUse { path })
+            }
+            Err(TryLockError::Error(error)) => Err(OpenError::Failed {
+                reason: format!("it cannot be locked: {error}"),
+                path,
+            }),
+        }
+    }
+
+    /// Whether the path still names the file that is held. If somebody moved or deleted it, what
+    /// is written now would not be found after a restart.
+    pub fn is_in_place(&self) -> bool {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt as _;
+            let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+            #[cfg(target_os = "linux")]
+            let path = &self.path;
+            #[cfg(not(target_os = "linux"))]
+            let path = &lock_path(&self.path);
+            match (std::fs::metadata(path), self.lock.metadata()) {
+                (Ok(named), Ok(held)) => identity(named) == identity(held),
+                _ => false,
+            }
+        }
+        // Elsewhere an open file cannot be moved.
+        #[cfg(not(unix))]
+        true
+    }
+}
+
+/// On Linux the database itself is locked. On other systems `flock` and `fcntl` locks exclude each
+/// other, so SQLite could not work; there, a file beside it is.
+#[cfg(not(target_os = "linux"))]
+fn lock_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push("-lock");
+    PathBuf::from(name)
+}
+
+fn open_or_create(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    #[cfg(unix)]
+    {
+        // Chats are private. SQLite gives its log the rights of the database.
+        use std::os::unix::fs::OpenOptionsExt as _;
+        options.mode(0o600);
+    }
+    options.open(path)
+}
+
+fn from_io(path: &Path, error: &io::Error) -> OpenError {
+    let path = path.to_owned();
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            let directory = path.parent().unwrap_or(&path);
+            OpenError::DirectoryMissing(directory.to_owned())
+        }
+        io::ErrorKind::IsADirectory => OpenError::IsDirectory(path),
+        io::ErrorKind::ReadOnlyFilesystem => OpenError::ReadOnly(path),
+        io::ErrorKind::PermissionDenied => OpenError::Denied {
+            path,
+            reason: error.to_string(),
+        },
+        _ => OpenError::Failed {
+            path,
+            reason: error.to_string(),
+        },
+    }
+}
+
+/// Opens the connection that writes, and brings the file to this version.
+pub fn open_writer(held: &Held, size_bytes_max: Option<u64>) -> Result<Connection, OpenError> {
+    let path = &held.path;
+    open_and_migrate(path, size_bytes_max).map_err(|failure| match failure {
+        Failure::Refused(error) => error,
+        Failure::Sqlite(error) => from_sqlite(path, &error),
+    })
+}
+
+enum Failure {
+    Refused(OpenError),
+    Sqlite(rusqlite::Error),
+}
+
+impl From<rusqlite::Error> for Failure {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+fn open_and_migrate(path: &Path, size_bytes_max: Option<u64>) -> Result<Connection, Failure> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut db = Connection::open_with_flags(path, flags)?;
+    configure(&db)?;
+
+    // Nothing is written before the file is known to be ours.
+    let number = |db: &Connection, sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0));
+    let application_id = number(&db, "PRAGMA application_id")?;
+    let is_empty = number(&db, "SELECT count(*) FROM sqlite_schema")? == 0;
+    let is_new = application_id == 0 && is_empty;
+    if application_id != i64::from(APPLICATION_ID) && !is_new {
+        return Err(Failure::Refused(OpenError::Foreign {
+            path: path.to_owned(),
+            reason: "another program's tables are in it".to_owned(),
+        }));
+    }
+    let known = MIGRATIONS.len() as i64;
+    let found = number(&db, "PRAGMA user_version")?;
+    if !(0..=known).contains(&found) {
+        return Err(Failure::Refused(OpenError::Newer {
+            path: path.to_owned(),
+            found,
+            known,
+        }));
+    }
+
+    let mode: String = db.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
+    if mode != "wal" {
+        return Err(Failure::Refused(OpenError::Failed {
+            path: path.to_owned(),
+            reason: "SQLite's write-ahead log does not work there (is it a network disk?)".into(),
+        }));
+    }
+    // Durable when acknowledged: with NORMAL, a commit is lost if the power fails soon after.
+    db.pragma_update(None, "synchronous", "FULL")?;
+    // What macOS calls fsync does not reach the disk; this does. No effect elsewhere.
+    db.pragma_update(None, "fullfsync", true)?;
+    db.pragma_update(None, "checkpoint_fullfsync", true)?;
+    // After a burst, or a reader that kept it from being emptied, the log shrinks to this again.
+    db.pragma_update(None, "journal_size_limit", 16 << 20)?;
+    // What was deleted is overwritten with zeros: a cleared chat is gone, not only unlisted.
+    db.execute_batch("PRAGMA secure_delete = ON")?;
+    if let Some(bytes) = size_bytes_max {
+        let page_bytes = number(&db, "PRAGMA page_size")?;
+        let pages = i64::try_from(bytes).unwrap_or(i64::MAX) / page_bytes;
+        db.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(()))?;
+    }
+
+    for (index, migration) in MIGRATIONS.iter().enumerate().skip(found as usize) {
+        let step = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        step.execute_batch(migration)?;
+        step.pragma_update(None, "application_id", APPLICATION_ID)?;
+        step.pragma_update(None, "user_version", index as i64 + 1)?;
+        step.commit()?;
+    }
+    Ok(db)
+}
+
+/// Opens a connection that only reads.
+pub fn open_reader(held: &Held) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let db = Connection::open_with_flags(&held.path, flags)?;
+    configure(&db)?;
+    Ok(db)
+}
+
+/// What every connection needs.
+fn configure(db: &Connection) -> rusqlite::Result<()> {
+    // Somebody else may be writing, with SQLite's tools.
+    db.busy_timeout(std::time::Duration::from_millis(BUSY_MS_MAX))?;
+    // A session that still has messages cannot be deleted by mistake.
+    db.pragma_update(None, "foreign_keys", true)?;
+    // The schema comes out of the file: it may not call functions with effects.
+    db.pragma_update(None, "trusted_schema", false)?;
+    // More than we have: each is prepared once. And only once: without the second line, this build
+    // of SQLite plans anew for new values of parameters, which takes longer than most reads.
+    db.set_prepared_statement_cache_capacity(64);
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    Ok(())
+}
+
+fn from_sqlite(path: &Path, error: &rusqlite::Error) -> OpenError {
+    let path = path.to_owned();
+    let reason = error.to_string();
+    match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase) => OpenError::Foreign { path, reason },
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+            OpenError::Denied { path, reason }
+        }
+        _ => OpenError::Failed { path, reason },
+    }
+}

@@ -1,0 +1,280 @@
+//! The one thread that writes: takes what waits, runs it in one transaction, answers after the
+//! commit. Knows transactions and their failures; knows no tables but to prune them.
+//!
+//! # What a failed commit means
+//!
+//! SQLite appends a transaction to its log, the commit mark in the last frame, and then calls
+//! fsync. "Full" is said when a frame could not be written whole: the mark is not there, so
+//! nothing was stored. Any other I/O error of a COMMIT leaves the outcome open: the mark may be in
+//! the log although fsync failed. This process goes on as if nothing had been stored, and its next
+//! transaction overwrites those frames; but if it dies before, SQLite may find the mark and take
+//! the transaction for stored. Errors before the COMMIT mean that nothing was stored.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rusqlite::{Connection, ErrorCode};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+use super::{Shared, tables};
+use crate::message::UnixMillis;
+use crate::store::{Error, Result};
+
+/// Jobs of one transaction, at most: bounds how long the first one waits for the others.
+const BATCH_JOBS_MAX: usize = 512;
+/// Bytes of the jobs of one transaction together, at most, except that one job always goes.
+const BATCH_BYTES_MAX: usize = 8 << 20;
+/// How often what is too old is looked for.
+const PRUNE_INTERVAL_MS: i64 = 60_000;
+
+/// What a job does: inside the transaction, at a moment. It may be done again in another one if the
+/// first could not be committed.
+pub type Work<T> = Box<dyn Fn(&Connection, UnixMillis) -> Result<T> + Send>;
+
+/// A write that waits for its turn.
+pub trait Job: Send {
+    /// Its bytes, about.
+    fn size(&self) -> usize;
+    /// Takes it from its caller; false if that has given up on it, so that it must not run.
+    fn claim(&self) -> bool;
+    /// Does it, inside the transaction. After an error, what it did must be undone.
+    fn run(&mut self, db: &Connection, now_ms: UnixMillis) -> Result<()>;
+    /// Tells the caller how it went; `failure` if the transaction failed.
+    fn answer(self: Box<Self>, failure: Option<Error>);
+}
+
+/// Who decides on a job: the writer, by beginning it, or the caller, by giving it up. Whoever comes
+/// first.
+#[derive(Clone, Default)]
+pub struct Claim(Arc<AtomicBool>);
+
+impl Claim {
+    /// Whether nobody had it before.
+    pub fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::AcqRel)
+    }
+}
+
+/// A [`Job`] with a result of type `T`.
+pub struct Task<T> {
+    pub work: Work<T>,
+    pub result: Option<Result<T>>,
+    pub reply: oneshot::Sender<Result<T>>,
+    pub claim: Claim,
+    pub size: usize,
+    /// Its place in the queue.
+    pub room: OwnedSemaphorePermit,
+}
+
+impl<T: Send> Job for Task<T> {
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn claim(&self) -> bool {
+        self.claim.take()
+    }
+
+    fn run(&mut self, db: &Connection, now_ms: UnixMillis) -> Result<()> {
+        let result = (self.work)(db, now_ms);
+        let done = result.as_ref().map(|_| ()).map_err(Error::clone);
+        self.result = Some(result);
+        done
+    }
+
+    fn answer(self: Box<Self>, failure: Option<Error>) {
+        let not_run = || Err(Error::Unavailable("the write was not begun".to_owned()));
+        let result = match failure {
+            Some(error) => Err(error),
+            None => self.result.unwrap_or_else(not_run),
+        };
+        // The room is given back first: whoever has the answer finds it free.
+        drop(self.room);
+        // A caller that is gone needs no answer.
+        let _ = self.reply.send(result);
+    }
+}
+
+/// The writer's state.
+pub struct Writer {
+    pub db: Connection,
+    pub shared: Arc<Shared>,
+    pub jobs: UnboundedReceiver<Box<dyn Job>>,
+    /// When it last pruned; `None` if it did not, or left some.
+    pub pruned_ms: Option<UnixMillis>,
+}
+
+/// How far a batch has come, for what a panic then means.
+enum Stage {
+    Open,
+    Committing,
+}
+
+impl Writer {
+    /// Works until the store is dropped and the queue is empty, or until it cannot go on.
+    pub fn run(mut self) {
+        while let Some(first) = self.jobs.blocking_recv() {
+            let mut batch = vec![first];
+            let mut stage = Stage::Open;
+            let caught = catch_unwind(AssertUnwindSafe(|| self.write(&mut batch, &mut stage)));
+            let fatal = match caught {
+                Ok(Ok(())) => None,
+                Ok(Err(fatal)) => Some(fatal),
+                Err(_) => Some("the writing thread panicked".to_owned()),
+            };
+            if let Some(reason) = fatal {
+                return self.stop(reason, batch, stage);
+            }
+        }
+        // Readers go first: the last connection to close empties the log, and a reader cannot.
+        self.shared.close_readers();
+        if let Err(error) = self.db.close() {
+            tracing::warn!(error = %error.1, "closing the database failed; the next start recovers");
+        }
+    }
+
+    /// Fails what is queued and what will come.
+    fn stop(self, reason: String, batch: Vec<Box<dyn Job>>, stage: Stage) {
+        tracing::error!(reason, "the embedded store has stopped: restart the server");
+        let Self {
+            db,
+            shared,
+            mut jobs,
+            ..
+        } = self;
+        shared.stop(reason.clone());
+        // Rolls back.
+        drop(db);
+        jobs.close();
+        for job in batch {
+            job.answer(Some(match stage {
+                Stage::Open => Error::Unavailable(reason.clone()),
+                Stage::Committing => Error::OutcomeUnknown(reason.clone()),
+            }));
+        }
+        while let Some(job) = jobs.blocking_recv() {
+            job.answer(Some(Error::Unavailable(reason.clone())));
+        }
+    }
+
+    /// Runs the batch and as much of what waits as fits, and answers all of it. An error is a
+    /// reason why no later batch can succeed; the jobs are then still in `batch`.
+    fn write(
+        &mut self,
+        batch: &mut Vec<Box<dyn Job>>,
+        stage: &mut Stage,
+    ) -> std::result::Result<(), String> {
+        if !self.shared.held.is_in_place() {
+            return Err("the database file was moved or deleted".to_owned());
+        }
+        // Waits while another program writes. No job is claimed before: whoever gives up now has
+        // written nothing.
+        let begun = self.execute("BEGIN IMMEDIATE");
+        self.fill(batch);
+        if let Err(error) = begun {
+            answer_all(batch, Some(error.into()));
+            return Ok(());
+        }
+
+        batch.retain(|job| job.claim());
+        let failure = self.finish(batch, stage)?;
+        if !matches!(failure, Some(Error::Full(_))) {
+            answer_all(batch, failure);
+            return Ok(());
+        }
+        // SQLite gives up a whole transaction for lack of room. One job may ask for more than
+        // there is while the others do not.
+        while !batch.is_empty() {
+            *stage = Stage::Open;
+            let failure = match self.execute("BEGIN IMMEDIATE") {
+                Ok(()) => self.finish(&mut batch[..1], stage)?,
+                Err(error) => Some(error.into()),
+            };
+            batch.remove(0).answer(failure);
+        }
+        Ok(())
+    }
+
+    /// Runs the jobs in the transaction that was begun, and commits it or rolls it back; says why
+    /// it failed. An error is a reason why no later transaction can succeed.
+    fn finish(
+        &mut self,
+        jobs: &mut [Box<dyn Job>],
+        stage: &mut Stage,
+    ) -> std::result::Result<Option<Error>, String> {
+        let done = self.run_jobs(jobs).and_then(|()| {
+            *stage = Stage::Committing;
+            self.commit()
+        });
+        if done.is_err() && !self.db.is_autocommit() {
+            self.execute("ROLLBACK")
+                .map_err(|error| format!("a transaction cannot be rolled back: {error}"))?;
+        }
+        Ok(done.err())
+    }
+
+    fn fill(&mut self, batch: &mut Vec<Box<dyn Job>>) {
+        let mut bytes: usize = batch.iter().map(|job| job.size()).sum();
+        while batch.len() < BATCH_JOBS_MAX && bytes < BATCH_BYTES_MAX {
+            let Ok(job) = self.jobs.try_recv() else {
+                return;
+            };
+            bytes += job.size();
+            batch.push(job);
+        }
+    }
+
+    /// Runs each job so that its failure is its own. An error is one of the whole transaction.
+    fn run_jobs(&mut self, jobs: &mut [Box<dyn Job>]) -> Result<()> {
+        let now_ms = (self.shared.clock)();
+        self.prune(now_ms)?;
+        for job in jobs {
+            self.execute("SAVEPOINT job")?;
+            if let Err(error) = job.run(&self.db, now_ms) {
+                // A full disk, for one, can end the whole transaction.
+                if self.db.is_autocommit() {
+                    return Err(error);
+                }
+                self.execute("ROLLBACK TO job")?;
+            }
+            self.execute("RELEASE job")?;
+        }
+        Ok(())
+    }
+
+    fn prune(&mut self, now_ms: UnixMillis) -> Result<()> {
+        let is_recent =
+            |pruned_ms: UnixMillis| now_ms.abs_diff(pruned_ms) < PRUNE_INTERVAL_MS as u64;
+        if !self.pruned_ms.is_some_and(is_recent) {
+            let has_more = tables::prune(&self.db, now_ms)?;
+            self.pruned_ms = (!has_more).then_some(now_ms);
+        }
+        Ok(())
+    }
+
+    fn commit(&self) -> Result<()> {
+        match self.execute("COMMIT") {
+            Ok(()) => {
+                self.shared.commits.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::SystemIoFailure) => {
+                Err(Error::OutcomeUnknown(error.to_string()))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn execute(&self, sql: &str) -> rusqlite::Result<()> {
+        self.db.prepare_cached(sql)?.execute([])?;
+        Ok(())
+    }
+}
+
+fn answer_all(batch: &mut Vec<Box<dyn Job>>, failure: Option<Error>) {
+    for job in batch.drain(..) {
+        job.answer(failure.clone());
+    }
+}

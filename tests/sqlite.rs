@@ -1,0 +1,740 @@
+//! What only the embedded store promises: whose the file is, what others see in it, how writes
+//! share commits, what it forgets when, and how it fails. The contract is in `store_contract.rs`.
+
+mod harness;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use chat_memory::store::sqlite::{OpenError, Options, Sqlite};
+use chat_memory::store::{Append, Epoch, Error, REQUEST_MEMORY_MS, Result, Store, TOMBSTONE_MS};
+use futures_util::future::{FutureExt as _, join_all};
+use harness::stores::{
+    all, batch, fill, fresh_session, read_all, request, sequences, session, texts,
+};
+use rusqlite::Connection;
+use tempfile::TempDir;
+
+/// A directory, and the path of a database in it.
+fn place() -> (TempDir, PathBuf) {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("chat-memory.db");
+    (directory, path)
+}
+
+fn open(path: &Path) -> Sqlite {
+    Sqlite::open(path, "").unwrap()
+}
+
+fn refusal(path: &Path) -> OpenError {
+    Sqlite::open(path, "").err().expect("must be refused")
+}
+
+/// What another program sees.
+fn numbers(path: &Path, sql: &str) -> i64 {
+    let db = Connection::open(path).unwrap();
+    db.query_row(sql, [], |row| row.get(0)).unwrap()
+}
+
+/// Another program that writes: as long as it does, the store waits.
+struct OtherWriter(Connection);
+
+impl OtherWriter {
+    fn begin(path: &Path) -> Self {
+        let db = Connection::open(path).unwrap();
+        db.execute_batch("BEGIN IMMEDIATE").unwrap();
+        Self(db)
+    }
+
+    fn end(self) {
+        self.0.execute_batch("ROLLBACK").unwrap();
+    }
+}
+
+/// Has many appends wait for the writer at the same time, then lets it go on.
+async fn append_together(
+    store: &Sqlite,
+    path: &Path,
+    appends: Vec<(&str, Append)>,
+) -> Vec<Result<chat_memory::store::Appended>> {
+    let other = OtherWriter::begin(path);
+    let appends = appends
+        .into_iter()
+        .map(async |(id, append)| store.append(&session(id), append).await);
+    // In this order: when the second future is first polled, the first has queued all its writes.
+    // Unconstrained, because Tokio would make it pause on the way.
+    let appends = tokio::task::unconstrained(join_all(appends));
+    let (answers, ()) = tokio::join!(biased; appends, async { other.end() });
+    answers
+}
+
+// The file.
+
+#[tokio::test]
+async fn a_file_has_one_server_at_a_time() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let error = refusal(&path);
+    assert!(matches!(error, OpenError::InUse { .. }), "{error:?}");
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "{} is in use by another chat-memory server: a file can have only one",
+            path.canonicalize().unwrap().display()
+        )
+    );
+    let s = fresh_session();
+    fill(&store, &s, 1).await;
+    drop(store);
+
+    let store = open(&path);
+    assert_eq!(texts(&read_all(&store, &s).await), ["1"]);
+}
+
+/// SQLite's locks keep other programs from removing the log under a running store. A process loses
+/// them when it closes any descriptor of the file, and a refused open has had one.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_refused_open_leaves_the_running_store_its_locks() {
+    use std::os::unix::fs::MetadataExt as _;
+    let (_directory, path) = place();
+    let store = open(&path);
+    fill(&store, &fresh_session(), 1).await;
+    let inode = std::fs::metadata(&path).unwrap().ino();
+    let locks = || {
+        let locks = std::fs::read_to_string("/proc/locks").unwrap();
+        let is_ours = |line: &&str| line.contains("POSIX") && line.contains(&format!(":{inode} "));
+        locks.lines().filter(is_ours).count()
+    };
+    let before = locks();
+    assert!(before > 0, "the store holds no lock");
+    refusal(&path);
+    assert_eq!(locks(), before);
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_has_one_server_under_all_its_names() {
+    let (directory, path) = place();
+    let other_name = directory.path().join("other-name.db");
+    std::os::unix::fs::symlink(&path, &other_name).unwrap();
+    let _store = open(&path);
+    let error = refusal(&other_name);
+    assert!(matches!(error, OpenError::InUse { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_closed_file_is_one_file() {
+    let (directory, path) = place();
+    let store = open(&path);
+    fill(&store, &fresh_session(), 3).await;
+    read_all(&store, &fresh_session()).await;
+    drop(store);
+    let names: Vec<_> = std::fs::read_dir(directory.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(names, ["chat-memory.db"]);
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn only_the_owner_may_read_the_file_and_its_log() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (directory, path) = place();
+    let store = open(&path);
+    fill(&store, &fresh_session(), 1).await;
+    let mut count = 0;
+    for entry in std::fs::read_dir(directory.path()).unwrap() {
+        let mode = entry.unwrap().metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        count += 1;
+    }
+    assert_eq!(count, 3, "the database, the log and its index");
+}
+
+#[test]
+fn a_missing_directory_is_named() {
+    let (directory, _) = place();
+    let missing = directory.path().join("missing");
+    let error = refusal(&missing.join("chat-memory.db"));
+    assert!(
+        matches!(&error, OpenError::DirectoryMissing(path) if *path == missing),
+        "{error:?}"
+    );
+    let error = refusal(directory.path());
+    assert!(matches!(error, OpenError::IsDirectory(_)), "{error:?}");
+}
+
+#[test]
+fn a_file_of_another_program_is_refused_and_left_alone() {
+    let (_directory, path) = place();
+    for contents in [&b"Dear diary, "[..], &[b'x'; 100_000]] {
+        std::fs::write(&path, contents).unwrap();
+        let error = refusal(&path);
+        assert!(matches!(error, OpenError::Foreign { .. }), "{error:?}");
+        assert_eq!(std::fs::read(&path).unwrap(), contents);
+    }
+    std::fs::remove_file(&path).unwrap();
+
+    for application_id in [0, 42] {
+        let db = Connection::open(&path).unwrap();
+        db.execute_batch("CREATE TABLE IF NOT EXISTS theirs (a)")
+            .unwrap();
+        db.pragma_update(None, "application_id", application_id)
+            .unwrap();
+        drop(db);
+        let contents = std::fs::read(&path).unwrap();
+        let error = refusal(&path);
+        assert!(matches!(error, OpenError::Foreign { .. }), "{error:?}");
+        assert_eq!(std::fs::read(&path).unwrap(), contents);
+    }
+}
+
+#[tokio::test]
+async fn a_file_of_a_newer_version_is_refused_and_left_alone() {
+    let (_directory, path) = place();
+    drop(open(&path));
+    let version = numbers(&path, "PRAGMA user_version");
+    let set_version = |version: i64| {
+        let db = Connection::open(&path).unwrap();
+        db.pragma_update(None, "user_version", version).unwrap();
+    };
+    set_version(version + 1);
+    let contents = std::fs::read(&path).unwrap();
+    let error = refusal(&path);
+    assert!(
+        matches!(error, OpenError::Newer { found, known, .. }
+            if (found, known) == (version + 1, version)),
+        "{error:?}"
+    );
+    assert_eq!(std::fs::read(&path).unwrap(), contents);
+    set_version(version);
+    open(&path);
+}
+
+#[test]
+fn an_empty_file_becomes_a_database() {
+    let (_directory, path) = place();
+    std::fs::write(&path, b"").unwrap();
+    drop(open(&path));
+    drop(open(&path));
+}
+
+#[tokio::test]
+async fn prefixes_keep_tenants_apart() {
+    let (_directory, path) = place();
+    let s = session("s");
+    let store = Sqlite::open(&path, "a:").unwrap();
+    fill(&store, &s, 2).await;
+    drop(store);
+    let store = Sqlite::open(&path, "b:").unwrap();
+    assert_eq!(read_all(&store, &s).await.last_sequence, 0);
+    assert_eq!(store.clear(&s).await, Ok(0));
+    drop(store);
+    let store = Sqlite::open(&path, "a:").unwrap();
+    assert_eq!(read_all(&store, &s).await.last_sequence, 2);
+}
+
+#[tokio::test]
+async fn what_was_cleared_is_not_in_the_file() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let s = fresh_session();
+    let elements = (0..200).map(|number| format!("a secret {number}").repeat(50));
+    store.append(&s, batch(elements)).await.unwrap();
+    let is_in_file = || {
+        let contents = std::fs::read(&path).unwrap();
+        contents.windows(8).any(|bytes| bytes == b"a secret")
+    };
+    drop(store);
+    assert!(is_in_file());
+
+    let store = open(&path);
+    store.clear(&s).await.unwrap();
+    drop(store);
+    assert!(!is_in_file());
+}
+
+// Other programs.
+
+#[tokio::test]
+async fn other_tools_read_the_file_while_the_store_runs() {
+    let (_directory, path) = place();
+    let store = Sqlite::open(&path, "message_store:").unwrap();
+    let elements = [&b"{\"type\": \"human\"}"[..], b"\xff"];
+    store.append(&session("s"), batch(elements)).await.unwrap();
+
+    let db = Connection::open(&path).unwrap();
+    let mut history = db
+        .prepare("SELECT sequence, element FROM history WHERE key = 'message_store:s' LIMIT 1")
+        .unwrap();
+    let row: (i64, String) = history
+        .query_row([], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap();
+    assert_eq!(row, (1, "{\"type\": \"human\"}".to_owned()));
+    let blob: Vec<u8> = db
+        .query_row(
+            "SELECT element FROM messages JOIN sessions ON session = number
+             WHERE key = 'message_store:s' AND sequence = 2",
+            [],
+            |row| row.get(0),
+        )
+        .unwrap();
+    assert_eq!(blob, b"\xff");
+    assert_eq!(numbers(&path, "SELECT last_sequence FROM sessions"), 2);
+}
+
+#[tokio::test]
+async fn what_other_tools_change_counts() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let s = session("s");
+    fill(&store, &s, 3).await;
+
+    let db = Connection::open(&path).unwrap();
+    db.execute_batch(
+        "INSERT INTO messages SELECT number, 7, CAST('by hand' AS BLOB) FROM sessions;
+         DELETE FROM messages WHERE sequence = 2;",
+    )
+    .unwrap();
+    let page = read_all(&store, &s).await;
+    assert_eq!(texts(&page), ["1", "3", "by hand"]);
+    assert_eq!(page.last_sequence, 7);
+    let last_two = chat_memory::store::Read {
+        last: Some(2),
+        ..all()
+    };
+    let page = store.read(&s, last_two).await.unwrap();
+    assert_eq!((sequences(&page), page.after), (vec![3, 7], 2));
+    let appended = store.append(&s, batch(["next"])).await.unwrap();
+    assert_eq!(appended.first_sequence, 8);
+
+    // Without its newest messages, the session still knows where it was.
+    db.execute_batch("DELETE FROM messages").unwrap();
+    let appended = store.append(&s, batch(["next"])).await.unwrap();
+    assert_eq!(appended.first_sequence, 9);
+}
+
+#[tokio::test]
+async fn a_session_that_other_tools_deleted_does_not_haunt_the_next() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    fill(&store, &session("secret"), 3).await;
+    // As the `sqlite3` tool does it: without looking after references.
+    let db = Connection::open(&path).unwrap();
+    db.execute_batch("PRAGMA foreign_keys = OFF; DELETE FROM sessions;")
+        .unwrap();
+    fill(&store, &session("next"), 1).await;
+    assert_eq!(texts(&read_all(&store, &session("next")).await), ["1"]);
+}
+
+#[tokio::test]
+async fn a_file_that_was_moved_away_is_not_written_to() {
+    let (directory, path) = place();
+    let store = open(&path);
+    let s = fresh_session();
+    fill(&store, &s, 1).await;
+    let mut reachable = store.reachable();
+    std::fs::rename(&path, directory.path().join("moved.db")).unwrap();
+
+    let refused = store.append(&s, batch(["lost"])).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+    assert!(!*reachable.borrow_and_update());
+    let refused = store.append(&s, batch(["lost"])).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+    let refused = store.read(&s, all()).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+}
+
+// Commits.
+
+#[tokio::test]
+async fn appends_that_wait_share_a_commit() {
+    const COUNT: usize = 200;
+    let (_directory, path) = place();
+    let store = open(&path);
+    let before = store.commits();
+    let names: Vec<_> = (0..COUNT)
+        .map(|number| format!("s{}", number % 7))
+        .collect();
+    let appends = names.iter().map(|name| (&**name, batch(["x"]))).collect();
+    let answers = append_together(&store, &path, appends).await;
+    assert!(answers.iter().all(Result::is_ok));
+    assert_eq!(store.commits() - before, 1);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 200);
+}
+
+#[tokio::test]
+async fn a_refused_append_leaves_the_others_of_its_commit_alone() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let before = store.commits();
+    let with_key = |text: &'static str, body: &str| Append {
+        request: request("r", body),
+        ..batch([text])
+    };
+    let appends = vec![
+        ("s", batch(["a"])),
+        (
+            "s",
+            Append {
+                expected_last_sequence: Some(7),
+                ..batch(["never"])
+            },
+        ),
+        (
+            "s",
+            Append {
+                expected_epoch: Some(Epoch(1)),
+                ..batch(["never"])
+            },
+        ),
+        ("s", with_key("b", "b")),
+        ("s", with_key("b", "b")),
+        ("s", with_key("never", "never")),
+        (
+            "s",
+            Append {
+                expected_last_sequence: Some(2),
+                ..batch(["c"])
+            },
+        ),
+    ];
+    let answers = append_together(&store, &path, appends).await;
+    assert_eq!(store.commits() - before, 1);
+    let summary: Vec<_> = answers
+        .into_iter()
+        .map(|answer| answer.map(|appended| (appended.first_sequence, appended.repeated)))
+        .collect();
+    let (expected, actual) = (7, 1);
+    assert_eq!(
+        summary,
+        [
+            Ok((1, false)),
+            Err(Error::SequenceMismatch { expected, actual }),
+            Err(Error::Cleared),
+            Ok((2, false)),
+            Ok((2, true)),
+            Err(Error::RequestReused),
+            Ok((3, false)),
+        ]
+    );
+    assert_eq!(
+        texts(&read_all(&store, &session("s")).await),
+        ["a", "b", "c"]
+    );
+}
+
+/// Makes SQLite fail in the middle of an append, as a defect or a full disk would.
+fn fail_on_element(path: &Path, how: &str) {
+    let db = Connection::open(path).unwrap();
+    db.execute_batch(&format!(
+        "CREATE TRIGGER fail BEFORE INSERT ON messages WHEN NEW.element = CAST('fail' AS BLOB)
+         BEGIN SELECT RAISE({how}, 'for the test'); END"
+    ))
+    .unwrap();
+}
+
+#[tokio::test]
+async fn an_append_that_fails_half_way_is_undone_alone() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    fail_on_element(&path, "FAIL");
+    let appends = vec![
+        ("s", batch(["a"])),
+        ("s", batch(["half", "fail"])),
+        ("new", batch(["half", "fail"])),
+        ("s", batch(["b"])),
+    ];
+    let answers = append_together(&store, &path, appends).await;
+    let is_ok: Vec<_> = answers.iter().map(Result::is_ok).collect();
+    assert_eq!(is_ok, [true, false, false, true]);
+    assert_eq!(texts(&read_all(&store, &session("s")).await), ["a", "b"]);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM requests"), 2);
+}
+
+#[tokio::test]
+async fn a_transaction_that_fails_is_an_error_for_all_in_it() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    fail_on_element(&path, "ROLLBACK");
+    let appends = vec![
+        ("s", batch(["a"])),
+        ("s", batch(["fail"])),
+        ("s", batch(["b"])),
+    ];
+    let answers = append_together(&store, &path, appends).await;
+    for answer in answers {
+        assert!(answer.is_err());
+        assert!(!matches!(answer, Err(Error::OutcomeUnknown(_))));
+    }
+    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 0);
+    fill(&store, &session("s"), 2).await;
+    assert_eq!(texts(&read_all(&store, &session("s")).await), ["1", "2"]);
+}
+
+// Time.
+
+/// A store whose clock stands still until it is set.
+fn open_with_clock(path: &Path) -> (Sqlite, Arc<AtomicI64>) {
+    let time = Arc::new(AtomicI64::new(1_763_910_000_000));
+    let options = Options {
+        clock: {
+            let time = time.clone();
+            Arc::new(move || time.load(Ordering::SeqCst))
+        },
+        ..Options::default()
+    };
+    let store = Sqlite::open_with(path, "", options).unwrap();
+    (store, time)
+}
+
+#[tokio::test]
+async fn a_request_is_remembered_for_a_day() {
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let s = session("s");
+    let append = Append {
+        request: request("r", "a"),
+        ..batch(["a"])
+    };
+    store.append(&s, append.clone()).await.unwrap();
+
+    time.fetch_add(REQUEST_MEMORY_MS - 1, Ordering::SeqCst);
+    assert!(store.recall(&s, &append.request).await.unwrap().is_some());
+    let other = Append {
+        request: request("r", "other"),
+        ..batch(["other"])
+    };
+    let reused = store.append(&s, other.clone()).await;
+    assert_eq!(reused, Err(Error::RequestReused));
+    assert!(store.append(&s, append.clone()).await.unwrap().repeated);
+
+    time.fetch_add(1, Ordering::SeqCst);
+    assert_eq!(store.recall(&s, &append.request).await, Ok(None));
+    assert!(!store.append(&s, other.clone()).await.unwrap().repeated);
+    let recalled = store.recall(&s, &other.request).await.unwrap().unwrap();
+    assert_eq!(recalled.first_sequence, 2);
+}
+
+#[tokio::test]
+async fn forgotten_requests_leave_the_file_in_bounded_steps() {
+    const COUNT: usize = 1_200;
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let s = session("s");
+    join_all((0..COUNT).map(async |_| store.append(&s, batch(["x"])).await.unwrap())).await;
+    let requests = || numbers(&path, "SELECT count(*) FROM requests");
+    assert_eq!(requests(), COUNT as i64);
+
+    time.fetch_add(REQUEST_MEMORY_MS, Ordering::SeqCst);
+    let mut counts = Vec::new();
+    for _ in 0..4 {
+        fill(&store, &s, 1).await;
+        counts.push(requests());
+    }
+    assert_eq!(counts, [701, 202, 3, 4]);
+    assert_eq!(read_all(&store, &s).await.elements.len(), COUNT + 4);
+}
+
+#[tokio::test]
+async fn a_cleared_session_is_forgotten_after_a_month() {
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let [cleared, used, kept] = ["cleared", "used", "kept"].map(session);
+    for session in [&cleared, &used, &kept] {
+        fill(&store, session, 3).await;
+    }
+    store.clear(&cleared).await.unwrap();
+    store.clear(&used).await.unwrap();
+    fill(&store, &used, 1).await;
+
+    let a_while = |ms| time.fetch_add(ms, Ordering::SeqCst);
+    a_while(TOMBSTONE_MS - 1);
+    fill(&store, &kept, 1).await;
+    assert_eq!(read_all(&store, &cleared).await.last_sequence, 3);
+    // Looked for once a minute.
+    a_while(60_000);
+    fill(&store, &kept, 1).await;
+    let page = read_all(&store, &cleared).await;
+    assert_eq!((page.last_sequence, page.epoch), (0, Epoch(0)));
+    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 2);
+    assert_eq!(
+        numbers(&path, "SELECT count(forget_ms) FROM sessions"),
+        0,
+        "what has messages again is not looked at again"
+    );
+    assert_eq!(read_all(&store, &used).await.last_sequence, 4);
+    assert_eq!(texts(&read_all(&store, &used).await), ["1"]);
+    fill(&store, &cleared, 1).await;
+    assert_eq!(sequences(&read_all(&store, &cleared).await), [1]);
+}
+
+#[tokio::test]
+async fn the_clear_of_a_session_without_messages_is_remembered_for_an_hour() {
+    const HOUR_MS: i64 = 3_600_000;
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let [s, other] = ["s", "other"].map(session);
+    store.clear(&s).await.unwrap();
+    time.fetch_add(HOUR_MS - 1, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    assert_eq!(read_all(&store, &s).await.epoch, Epoch(1));
+    // Looked for once a minute.
+    time.fetch_add(60_000, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    assert_eq!(read_all(&store, &s).await.epoch, Epoch(0));
+    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
+}
+
+// Failures.
+
+#[tokio::test]
+async fn a_write_that_cannot_begin_in_time_is_not_made() {
+    let (_directory, path) = place();
+    let options = Options {
+        call_time_max: Duration::from_millis(50),
+        ..Options::default()
+    };
+    let store = Sqlite::open_with(&path, "", options).unwrap();
+    let other = OtherWriter::begin(&path);
+    let s = session("s");
+    let refused = store.append(&s, batch(["late"])).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+    let refused = store.clear(&s).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+    // Reads go on meanwhile, and so they do when the other program is done.
+    assert_eq!(read_all(&store, &s).await.last_sequence, 0);
+    other.end();
+    drop(store);
+
+    let store = open(&path);
+    assert_eq!(read_all(&store, &s).await.last_sequence, 0);
+}
+
+#[tokio::test]
+async fn a_write_whose_caller_went_away_before_it_began_is_not_made() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let s = session("s");
+    let other = OtherWriter::begin(&path);
+    let append = store.append(&s, batch(["dropped"])).now_or_never();
+    assert_eq!(append, None);
+    other.end();
+    fill(&store, &s, 1).await;
+    assert_eq!(texts(&read_all(&store, &s).await), ["1"]);
+}
+
+#[tokio::test]
+async fn a_write_that_does_not_end_in_time_may_be_repeated() {
+    let (_directory, path) = place();
+    // The writer looks at the clock after it has begun; there it is held up.
+    let (closed, gate) = std::sync::mpsc::channel::<()>();
+    let gate = Mutex::new(gate);
+    let options = Options {
+        clock: Arc::new(move || {
+            // Returns when the other end is dropped.
+            let _ = gate.lock().unwrap().recv();
+            1_763_910_000_000
+        }),
+        call_time_max: Duration::from_secs(1),
+        ..Options::default()
+    };
+    let store = Sqlite::open_with(&path, "", options).unwrap();
+    // Opens before the store is dropped, which waits for its writer, also if the test fails.
+    let closed = closed;
+    let s = session("s");
+    let append = Append {
+        request: request("r", "a"),
+        ..batch(["a"])
+    };
+    let unknown = store.append(&s, append.clone()).await;
+    assert!(
+        matches!(unknown, Err(Error::OutcomeUnknown(_))),
+        "{unknown:?}"
+    );
+    drop(closed);
+    let repeated = store.append(&s, append).await.unwrap();
+    assert!(repeated.repeated);
+    assert_eq!(texts(&read_all(&store, &s).await), ["a"]);
+}
+
+#[tokio::test]
+async fn a_defect_in_the_writer_is_not_silent() {
+    let (_directory, path) = place();
+    let is_broken = Arc::new(AtomicBool::new(false));
+    let options = Options {
+        clock: {
+            let is_broken = is_broken.clone();
+            Arc::new(move || {
+                assert!(!is_broken.load(Ordering::SeqCst), "for the test");
+                1_763_910_000_000
+            })
+        },
+        ..Options::default()
+    };
+    let store = Sqlite::open_with(&path, "", options).unwrap();
+    let s = session("s");
+    fill(&store, &s, 1).await;
+    assert!(*store.reachable().borrow());
+
+    is_broken.store(true, Ordering::SeqCst);
+    let appends = (0..5).map(async |_| store.append(&s, batch(["x"])).await);
+    for answer in join_all(appends).await {
+        assert!(matches!(answer, Err(Error::Unavailable(_))), "{answer:?}");
+    }
+    assert!(!*store.reachable().borrow());
+    is_broken.store(false, Ordering::SeqCst);
+    let refused = store.clear(&s).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+    let refused = store.read(&s, all()).await;
+    assert!(matches!(refused, Err(Error::Unavailable(_))), "{refused:?}");
+    drop(store);
+
+    assert_eq!(texts(&read_all(&open(&path), &s).await), ["1"]);
+}
+
+#[tokio::test]
+async fn a_full_store_says_so_and_goes_on_when_there_is_room() {
+    let (_directory, path) = place();
+    let options = Options {
+        size_bytes_max: Some(1 << 20),
+        ..Options::default()
+    };
+    let store = Sqlite::open_with(&path, "", options).unwrap();
+    let [small, large] = ["small", "large"].map(session);
+    fill(&store, &small, 1).await;
+    let mut stored = 0;
+    let refused = loop {
+        match store.append(&large, batch([vec![b'x'; 100_000]])).await {
+            Ok(_) => stored += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(refused, Error::Full(_)), "{refused:?}");
+    assert!((5..=10).contains(&stored), "{stored}");
+    assert_eq!(read_all(&store, &large).await.last_sequence, stored);
+    assert_eq!(read_all(&store, &large).await.elements.len() as i64, stored);
+    // What still fits goes in, also beside what does not.
+    let appends = vec![
+        ("small", batch(["2"])),
+        ("large", batch([vec![b'x'; 100_000]])),
+        ("small", batch(["3"])),
+    ];
+    let answers = append_together(&store, &path, appends).await;
+    let is_ok: Vec<_> = answers.iter().map(Result::is_ok).collect();
+    assert_eq!(is_ok, [true, false, true]);
+    assert!(*store.reachable().borrow());
+
+    assert_eq!(store.clear(&large).await, Ok(stored));
+    let appended = store
+        .append(&large, batch([vec![b'x'; 100_000]]))
+        .await
+        .unwrap();
+    assert_eq!(appended.first_sequence, stored + 1);
+    assert_eq!(texts(&read_all(&store, &small).await), ["1", "2", "3"]);
+}
