@@ -257,7 +257,8 @@ pub fn complete(mut response: http::Response<Body>) -> http::Response<Body> {
     };
     let mut details = ErrorDetails::new();
     details.set_error_info(reason, DOMAIN, HashMap::new());
-    let status = Status::with_error_details(code, status.message(), details);
+    let message = status.message().trim_start_matches("Error, ");
+    let status = Status::with_error_details(code, message, details);
     for name in ["grpc-status", "grpc-message"] {
         response.headers_mut().remove(name);
     }

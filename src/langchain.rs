@@ -405,62 +405,41 @@ pub fn check_extra(path: &str, draft: &Draft) -> Result<(), Violation> {
     let Some(object) = Object::parse(extra.as_str()) else {
         return Err(Violation::new(field, "must be an object"));
     };
-    let is_assistant = draft.role == Role::Assistant;
     for (key, value) in object.last_of_each() {
-        let is_object = read_object(value).is_some();
+        let (of_assistant, of_tool) = (draft.role == Role::Assistant, draft.role == Role::Tool);
         match key.as_str() {
-            "additional_kwargs" | "response_metadata" if !is_object => {
+            "additional_kwargs" | "response_metadata" if read_object(value).is_none() => {
                 return broken(&key, "must be an object");
             }
-            "additional_kwargs" | "response_metadata" => {}
-            "type" => {
-                let kind = read_string(value).unwrap_or_default();
-                if kind_of(&role_of(&kind, &object)) != kind_of(&draft.role) {
-                    return broken(&key, "must be a type of the message's role");
-                }
+            "type" if !is_kind_of(value, &object, &draft.role) => {
+                return broken(&key, "must be a type of the message's role");
             }
-            "status" if draft.role == Role::Tool => {
-                if !matches!(value.get(), "\"success\"" | "\"error\"") {
-                    return broken(&key, "must be \"success\" or \"error\"");
-                }
+            "status" if of_tool && !matches!(value.get(), "\"success\"" | "\"error\"") => {
+                return broken(&key, "must be \"success\" or \"error\"");
             }
-            "artifact" if draft.role == Role::Tool => {}
-            "usage_metadata" if is_assistant => {
-                let details = read_object(value);
-                let counts = |details: &RawValue| {
-                    read_object(details).is_some_and(|details| {
-                        let mut counts = details.0.iter();
-                        counts.all(|(_, count)| count.get().parse::<i64>().is_ok())
-                    })
-                };
-                if !details.is_some_and(|details| details.0.iter().all(|(_, value)| counts(value)))
-                {
-                    return broken(&key, "must be an object of objects of whole numbers");
-                }
-                if draft.usage.is_none() {
-                    return broken(&key, "needs usage");
-                }
+            "usage_metadata" if of_assistant && !is_usage_details(value) => {
+                return broken(&key, "must be an object of objects of whole numbers");
             }
-            "invalid_tool_calls" if is_assistant => {
-                if !is_list_of_calls(
-                    value,
-                    &["type", "id", "name", "args", "error", "index", "extras"],
-                ) {
-                    return broken(&key, "must be a list of invalid tool calls");
-                }
+            "usage_metadata" if of_assistant && draft.usage.is_none() => {
+                return broken(&key, "needs usage");
             }
-            "tool_call_chunks" if is_assistant => {
-                if !is_list_of_calls(value, &["type", "id", "name", "args", "index", "extras"]) {
-                    return broken(&key, "must be a list of tool call chunks");
-                }
+            "invalid_tool_calls"
+                if of_assistant && !is_list_of_calls(value, &INVALID_CALL_KEYS) =>
+            {
+                return broken(&key, "must be a list of invalid tool calls");
             }
-            "chunk_position" if is_assistant => {
-                if !matches!(value.get(), "\"last\"" | "null") {
-                    return broken(&key, "must be \"last\" or null");
-                }
+            "tool_call_chunks" if of_assistant && !is_list_of_calls(value, &CALL_CHUNK_KEYS) => {
+                return broken(&key, "must be a list of tool call chunks");
             }
-            "status" | "artifact" | "usage_metadata" | "invalid_tool_calls"
-            | "tool_call_chunks" | "chunk_position" => return broken(&key, "is not for this role"),
+            "chunk_position" if of_assistant && !matches!(value.get(), "\"last\"" | "null") => {
+                return broken(&key, "must be \"last\" or null");
+            }
+            "status" | "artifact" if !of_tool => return broken(&key, "is for ROLE_TOOL only"),
+            "usage_metadata" | "invalid_tool_calls" | "tool_call_chunks" | "chunk_position"
+                if !of_assistant =>
+            {
+                return broken(&key, "is for ROLE_ASSISTANT only");
+            }
             "content" | "content_blocks" | "id" | "name" | "role" | "self" | "text"
             | "tool_call_id" | "tool_calls" => return broken(&key, "is reserved"),
             _ => {}
@@ -468,6 +447,25 @@ pub fn check_extra(path: &str, draft: &Draft) -> Result<(), Violation> {
     }
     Ok(())
 }
+
+fn is_kind_of(value: &RawValue, object: &Object<'_>, role: &Role) -> bool {
+    let kind = read_string(value).unwrap_or_default();
+    kind_of(&role_of(&kind, object)) == kind_of(role)
+}
+
+/// What LangChain keeps beside the three counts of [`Usage`]: objects of counts.
+fn is_usage_details(value: &RawValue) -> bool {
+    let is_count = |count: &RawValue| count.get().parse::<i64>().is_ok();
+    let is_counts = |details: &RawValue| {
+        let details = read_object(details);
+        details.is_some_and(|details| details.0.iter().all(|(_, count)| is_count(count)))
+    };
+    let usage = read_object(value);
+    usage.is_some_and(|usage| usage.0.iter().all(|(_, details)| is_counts(details)))
+}
+
+const INVALID_CALL_KEYS: [&str; 7] = ["type", "id", "name", "args", "error", "index", "extras"];
+const CALL_CHUNK_KEYS: [&str; 6] = ["type", "id", "name", "args", "index", "extras"];
 
 /// A list of objects with no other keys than these, whose values are texts or null (an index may
 /// be a number).

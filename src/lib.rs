@@ -1,11 +1,19 @@
 //! chat-memory: a gRPC memory server for LLM chats.
+//!
+//! The modules, in the order in which to read them:
 
+pub mod cli;
+pub mod config;
 pub mod error;
 pub mod langchain;
 pub mod message;
 pub mod model;
+pub mod secret;
+pub mod server;
 pub mod service;
+pub mod start;
 pub mod store;
+pub mod telemetry;
 pub mod turn;
 pub mod window;
 pub mod wire;

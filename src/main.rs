@@ -1,1 +1,21 @@
-fn main() {}
+//! The program: parse, start, exit code.
+
+use std::process::ExitCode;
+
+use chat_memory::{
+    cli,
+    config::{Cli, Command},
+    start,
+};
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command {
+        None => start::serve(&cli.serve),
+        Some(Command::Serve(serve)) => start::serve(&serve),
+        Some(Command::Chat(args)) => start::client(cli::chat::run(args)),
+        Some(Command::History(args)) => start::client(cli::history::run(args)),
+        Some(Command::Health(args)) => start::client(cli::health::run(args)),
+    }
+}

@@ -791,3 +791,4 @@ macro_rules! restart_rules {
 }
 
 contract!(sqlite);
+contract!(redis);

@@ -330,3 +330,8 @@ fn behaves_as_the_model<B: Backend>(start: impl Future<Output = B>) {
 fn the_embedded_store_behaves_as_the_model() {
     behaves_as_the_model(harness::stores::sqlite());
 }
+
+#[test]
+fn the_redis_store_behaves_as_the_model() {
+    behaves_as_the_model(harness::stores::redis());
+}

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use bytes::Bytes;
 use chat_memory::message::SessionId;
+use chat_memory::store::redis::{Redis, Settings};
 use chat_memory::store::sqlite::Sqlite;
 use chat_memory::store::{Append, Body, Element, Order, Page, Read, RequestKey, Sequence, Store};
 use tempfile::TempDir;
@@ -50,6 +51,43 @@ impl Backend for EmbeddedStore {
         let old = Arc::try_unwrap(old).ok();
         drop(old.expect("the test still holds the store"));
         self.store = Some(open_in(&self.directory));
+    }
+}
+
+/// A store on a Redis of its own, which keeps its data over a restart.
+pub async fn redis() -> RedisStore {
+    let server = super::redis::Redis::start_with(super::redis::Options {
+        durable: true,
+        ..Default::default()
+    })
+    .await;
+    let store = Some(connect_to(&server).await);
+    RedisStore { store, server }
+}
+
+pub struct RedisStore {
+    /// `None` only during a restart.
+    store: Option<Arc<Redis>>,
+    server: super::redis::Redis,
+}
+
+async fn connect_to(server: &super::redis::Redis) -> Arc<Redis> {
+    let store = Redis::connect(Settings::new(server.url())).unwrap();
+    store.ready(super::wait::LIMIT).await.unwrap();
+    Arc::new(store)
+}
+
+#[async_trait]
+impl Backend for RedisStore {
+    fn store(&self) -> Arc<dyn Store> {
+        self.store.clone().unwrap()
+    }
+
+    async fn restart(&mut self) {
+        self.store = None;
+        self.server.stop().await;
+        self.server.restart().await;
+        self.store = Some(connect_to(&self.server).await);
     }
 }
 

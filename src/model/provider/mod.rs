@@ -8,7 +8,6 @@
 //! - `answer`: what `genai` streams as [`Pieces`].
 //! - `failure`: what `genai` reports as [`Error`]s.
 
-use std::fmt;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -22,6 +21,7 @@ use tracing::instrument::WithSubscriber as _;
 
 use self::failure::Context;
 use super::{Error, Model, Pieces, Prompt, Result};
+use crate::secret::Secret;
 
 mod answer;
 mod failure;
@@ -61,28 +61,6 @@ impl Settings {
             connect_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(120),
         }
-    }
-}
-
-/// A text that is never printed.
-#[derive(Clone)]
-pub struct Secret(String);
-
-impl From<String> for Secret {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl From<&str> for Secret {
-    fn from(text: &str) -> Self {
-        Self(text.to_owned())
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
     }
 }
 
@@ -144,7 +122,7 @@ impl Provider {
         if settings.model.is_empty() {
             return Err(BadSettings::NoModel);
         }
-        let given_key = settings.api_key.as_ref().map(|secret| secret.0.as_str());
+        let given_key = settings.api_key.as_ref().map(|secret| secret.expose());
         let (target, names, address, key) = match &settings.url {
             Some(url) => {
                 let base = base_url(url)?;
@@ -175,7 +153,7 @@ impl Provider {
             names,
             model: settings.model,
             place: place(address),
-            key: key.map(Secret),
+            key: key.map(Secret::from),
             connect_timeout: settings.connect_timeout,
             idle_timeout: settings.idle_timeout,
         })
@@ -201,7 +179,7 @@ impl Model for Provider {
         let context = Context {
             kind: target.model.adapter_kind,
             model,
-            key: self.key.as_ref().map(|key| key.0.clone()),
+            key: self.key.as_ref().map(|key| key.expose().to_owned()),
             connect_timeout: self.connect_timeout,
             idle_timeout: self.idle_timeout,
         };

@@ -379,7 +379,9 @@ impl Connection {
                 Err(Failure::NoAnswer(explain(&error)))
             }
             Ok(Err(error)) => {
-                if error.code() == Some("READONLY") {
+                // Redis 6 wraps the errors of commands in scripts into one of its own, hence not
+                // the code.
+                if explain(&error).contains("READONLY ") {
                     // The master has become a replica: look for the new one.
                     live.broken.cancel();
                 }

@@ -5,8 +5,8 @@ use redis::Script;
 use crate::message::SessionId;
 use crate::store::{REQUEST_MEMORY_MS, TOMBSTONE_MS};
 
-/// How long the facts of a session outlive what they are about, in ms: longer than any turn runs,
-/// so that a turn finds out that its session was cleared or has expired.
+/// How long the facts of a session that was cleared outlive its list, in ms: longer than any turn
+/// runs (at most an hour), so that a turn finds out that its session was cleared.
 const LINGER_MS: i64 = 60 * 60 * 1000;
 
 /// The keys of a session, in the order of the scripts' `KEYS`. `scripts/common.lua` says what they

@@ -20,6 +20,7 @@ use super::{
     RequestKey, Result, Sequence, Store,
 };
 use crate::message::SessionId;
+use crate::secret::Secret;
 
 mod connection;
 mod layout;
@@ -33,13 +34,11 @@ pub const TIMEOUT_MS_DEFAULT: u64 = 2_000;
 const SEQUENCE_MAX: Sequence = 1 << 53;
 
 /// How to reach Redis.
-///
-/// Not `Debug`: the URL holds a password.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// `redis://[user][:password@]host[:port][/database]`, `rediss://…` for TLS, or
     /// `redis+unix:///path[?db=…&user=…&pass=…]`.
-    pub url: String,
+    pub url: Secret,
     /// What the keys of sessions begin with. Without braces.
     pub key_prefix: String,
     /// How long Redis may take to accept a connection, and to answer: too short, and a slow answer
@@ -52,13 +51,29 @@ pub struct Settings {
 
 impl Settings {
     /// The defaults, for a URL.
-    pub fn new(url: impl Into<String>) -> Self {
+    pub fn new(url: impl Into<Secret>) -> Self {
         Self {
             url: url.into(),
             key_prefix: KEY_PREFIX_DEFAULT.to_owned(),
             timeout_ms: TIMEOUT_MS_DEFAULT,
             ca_file: None,
         }
+    }
+
+    /// Whether a store can be made of these.
+    pub fn check(&self) -> std::result::Result<(), InvalidSettings> {
+        self.target().map(drop)
+    }
+
+    fn target(&self) -> std::result::Result<Target, InvalidSettings> {
+        if self.key_prefix.contains(['{', '}']) {
+            return Err(InvalidSettings::KeyPrefix);
+        }
+        if self.timeout_ms == 0 {
+            return Err(InvalidSettings::Timeout);
+        }
+        let timeout = Duration::from_millis(self.timeout_ms);
+        Target::new(self.url.expose(), self.ca_file.as_deref(), timeout)
     }
 }
 
@@ -94,14 +109,7 @@ impl Redis {
     /// Makes the store and starts to connect; does not wait for Redis to be there. Must be called
     /// within a Tokio runtime.
     pub fn connect(settings: Settings) -> std::result::Result<Self, InvalidSettings> {
-        if settings.key_prefix.contains(['{', '}']) {
-            return Err(InvalidSettings::KeyPrefix);
-        }
-        if settings.timeout_ms == 0 {
-            return Err(InvalidSettings::Timeout);
-        }
-        let timeout = Duration::from_millis(settings.timeout_ms);
-        let target = Target::new(&settings.url, settings.ca_file.as_deref(), timeout)?;
+        let target = settings.target()?;
         Ok(Self {
             description: target.describe(),
             connection: Connection::start(target),

@@ -156,9 +156,13 @@ local function save(session)
   if session.length > 0 and not session.expires_at then
     redis.call('PERSIST', SESSION)
   else
-    -- The facts outlive the list: for a turn that runs, which must find that it was cleared; and
-    -- where they hold a base, for those who remember sequences.
-    local left = (session.expires_at or session.now) - session.now + LINGER_MS
+    -- The facts live as long as the list. Those of a session that was cleared live longer: for a
+    -- turn that runs, which must find that it was cleared; and where they hold a base, for those
+    -- who remember sequences.
+    local left = (session.expires_at or session.now) - session.now
+    if session.epoch > 0 then
+      left = left + LINGER_MS
+    end
     if session.base > 0 then
       left = math.max(left, TOMBSTONE_MS)
     end

@@ -1,0 +1,697 @@
+//! Every setting: its flag, its variable, its default, its unit, its consequence. The only reader
+//! of the environment.
+//!
+//! A setting that cannot be parsed does not end the parsing: it is kept with its error, so that
+//! [`Serve::check`] can report everything that is wrong at once.
+
+use std::{
+    convert::Infallible, fmt, net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc,
+    time::Duration,
+};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{
+    cli::args::{ChatArgs, HealthArgs, HistoryArgs},
+    message::{NAME_BYTES_MAX, PAGE_MESSAGES_MAX, check_name},
+    model::{
+        echo,
+        provider::{self, Provider},
+        retry,
+    },
+    secret::Secret,
+    store::redis,
+};
+
+/// The version and the commit it was built from.
+pub const VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (commit ",
+    env!("CHAT_MEMORY_COMMIT"),
+    ")"
+);
+
+const EXAMPLES: &str = "\
+Examples:
+  chat-memory                                           # embedded store, no model: try it out
+  chat-memory --redis redis://localhost:6379/0          # the Redis that a LangChain app uses
+  chat-memory --model-url http://localhost:11434/v1 --model llama3.2
+  OPENAI_API_KEY=… chat-memory --model gpt-5-mini
+  chat-memory --listen unix:/run/chat-memory.sock --listen 127.0.0.1:50051
+  chat-memory chat --session foo                        # talk to it
+  chat-memory history --session foo --json              # read what it remembers
+
+Every flag has an environment variable, shown beside it; the flag wins.";
+
+/// A gRPC memory server for LLM chats: keeps each session's messages in Redis or in one file, and
+/// runs whole chat turns.
+#[derive(Debug, Parser)]
+#[command(name = "chat-memory", version = VERSION, after_help = EXAMPLES)]
+#[command(args_conflicts_with_subcommands = true, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    #[command(flatten)]
+    pub serve: Serve,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the server (the default)
+    #[command(after_help = EXAMPLES)]
+    Serve(Box<Serve>),
+    /// Talk to a session in the terminal
+    Chat(ChatArgs),
+    /// Print a session's messages
+    History(HistoryArgs),
+    /// Ask a server whether it is serving: exit code 0 if it is, 1 if not
+    Health(HealthArgs),
+}
+
+/// The settings of the server, as given. [`Serve::check`] makes [`Config`] of them.
+#[derive(Debug, Clone, Args)]
+pub struct Serve {
+    /// Where to listen: `IP:PORT`, or `unix:/path/to/socket`. May be given several times, or as a
+    /// list with commas. Port 0 takes any free port; the server prints which
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_LISTEN",
+        value_name = "ADDRESS",
+        value_delimiter = ','
+    )]
+    #[arg(default_value = "127.0.0.1:50051", help_heading = "Network")]
+    listen: Vec<Given<Listen>>,
+
+    /// Allow TCP addresses that other machines can reach. There is no authentication and no TLS
+    /// yet: everybody who reaches the address can read and delete every session
+    #[arg(long, env = "CHAT_MEMORY_INSECURE", help_heading = "Network")]
+    #[arg(value_parser = clap::builder::BoolishValueParser::new())]
+    insecure: bool,
+
+    /// Permissions of Unix sockets, in octal. Whoever may write to a socket can use the server
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_UNIX_MODE",
+        value_name = "OCTAL",
+        default_value = "600"
+    )]
+    #[arg(help_heading = "Network")]
+    unix_mode: Given<Octal>,
+
+    /// Keep messages in this Redis: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://` for
+    /// TLS, `redis+unix:///path` for a socket. Without it they are kept in --database. A password
+    /// is better in the variable than in the flag, which other users of the machine can see
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_REDIS",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    #[arg(help_heading = "Store")]
+    redis: Option<Secret>,
+
+    /// Trust the certificates in this PEM file, besides the system's, when connecting to Redis
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_REDIS_CA_FILE",
+        value_name = "FILE",
+        help_heading = "Store"
+    )]
+    redis_ca_file: Option<PathBuf>,
+
+    /// Milliseconds that Redis gets to answer a command (100 to 60000). A call fails after about
+    /// three times that
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_REDIS_TIMEOUT_MS",
+        value_name = "MS",
+        default_value = "2000"
+    )]
+    #[arg(help_heading = "Store")]
+    redis_timeout_ms: Given<u64>,
+
+    /// Keep messages in this file if there is no --redis [default: chat-memory.db]
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_DATABASE",
+        value_name = "FILE",
+        help_heading = "Store"
+    )]
+    database: Option<PathBuf>,
+
+    /// What comes before the session id in a key. The default is LangChain's
+    #[arg(long, env = "CHAT_MEMORY_KEY_PREFIX", value_name = "TEXT")]
+    #[arg(default_value = "message_store:", help_heading = "Store")]
+    key_prefix: String,
+
+    /// The model that answers, by its provider's name, such as `gpt-5-mini`, `claude-sonnet-4-5`,
+    /// `gemini-2.5-flash`, or `PROVIDER::NAME`. Its key comes from the provider's usual variable.
+    /// Without it the server has no model and repeats what it is told
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MODEL",
+        value_name = "NAME",
+        help_heading = "Model"
+    )]
+    model: Option<String>,
+
+    /// Ask a server that speaks OpenAI's protocol (Ollama, vLLM, llama.cpp, LiteLLM …) at this base
+    /// URL, such as `http://localhost:11434/v1`. Needs --model; a key is sent only if
+    /// --model-key is set
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MODEL_URL",
+        value_name = "URL",
+        help_heading = "Model"
+    )]
+    model_url: Option<String>,
+
+    /// The key for the model, in place of the provider's usual variable. Better in the variable
+    /// than in the flag, which other users of the machine can see
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MODEL_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
+    #[arg(help_heading = "Model")]
+    model_key: Option<Secret>,
+
+    /// How often to ask a model in all if it fails before its first token in a way that may pass
+    /// (1 to 10)
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MODEL_ATTEMPTS",
+        value_name = "N",
+        default_value = "4"
+    )]
+    #[arg(help_heading = "Model")]
+    model_attempts: Given<u32>,
+
+    /// Seconds without a byte from the model after which its answer counts as broken (1 to 3600)
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MODEL_IDLE_SECONDS",
+        value_name = "S",
+        default_value = "120"
+    )]
+    #[arg(help_heading = "Model")]
+    model_idle_seconds: Given<u64>,
+
+    /// Messages of history that a model is given if the client does not say (1 to 1000). More
+    /// cost more tokens
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_HISTORY_MESSAGES",
+        value_name = "N",
+        default_value = "50"
+    )]
+    #[arg(help_heading = "Turns")]
+    history_messages: Given<usize>,
+
+    /// Seconds that a turn may take (1 to 3600)
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_TURN_SECONDS",
+        value_name = "S",
+        default_value = "600"
+    )]
+    #[arg(help_heading = "Turns")]
+    turn_seconds: Given<u64>,
+
+    /// Turns that may run at once (1 to 1000000); more are refused with RESOURCE_EXHAUSTED
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MAX_TURNS",
+        value_name = "N",
+        default_value = "2000"
+    )]
+    #[arg(help_heading = "Limits")]
+    max_turns: Given<usize>,
+
+    /// Other calls that may be under way at once (1 to 1000000); more are refused with
+    /// RESOURCE_EXHAUSTED. Each may hold a few MiB
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MAX_REQUESTS",
+        value_name = "N",
+        default_value = "1024"
+    )]
+    #[arg(help_heading = "Limits")]
+    max_requests: Given<usize>,
+
+    /// Calls that one connection may have open at once (1 to 1000000); more wait in the client
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MAX_STREAMS",
+        value_name = "N",
+        default_value = "1000"
+    )]
+    #[arg(help_heading = "Limits")]
+    max_streams: Given<u32>,
+
+    /// Seconds of silence after which a connection is probed (1 to 3600)
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_KEEPALIVE_SECONDS",
+        value_name = "S",
+        default_value = "60"
+    )]
+    #[arg(help_heading = "Limits")]
+    keepalive_seconds: Given<u64>,
+
+    /// Seconds that running calls get to finish after SIGTERM or SIGINT (0 to 3600). Keep it below
+    /// the `terminationGracePeriodSeconds` of a pod (30 by default), or Kubernetes cuts them off
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_DRAIN_SECONDS",
+        value_name = "S",
+        default_value = "20"
+    )]
+    #[arg(help_heading = "Operation")]
+    drain_seconds: Given<u64>,
+
+    /// How to write the log: `auto` is text, in colour on a terminal
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_LOG_FORMAT",
+        value_name = "FORMAT",
+        default_value = "auto"
+    )]
+    #[arg(help_heading = "Operation")]
+    log_format: Given<LogFormat>,
+
+    /// What to log: off, error, warn, info, debug, trace, or filters such as `chat_memory=debug`.
+    /// No level logs message text
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_LOG",
+        value_name = "FILTER",
+        default_value = "info"
+    )]
+    #[arg(help_heading = "Operation")]
+    log: String,
+}
+
+/// The settings of the server, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub listen: Vec<Listen>,
+    pub unix_mode: u32,
+    pub store: StoreConfig,
+    pub key_prefix: String,
+    pub model: ModelConfig,
+    pub history_messages: usize,
+    pub turn_limit: Duration,
+    pub turns_max: usize,
+    pub requests_max: usize,
+    pub streams_max: u32,
+    pub keepalive: Duration,
+    pub drain_limit: Duration,
+    pub log_format: LogFormat,
+    pub log: String,
+}
+
+/// Where messages are kept.
+#[derive(Debug, Clone)]
+pub enum StoreConfig {
+    Embedded { path: PathBuf },
+    Redis(redis::Settings),
+}
+
+/// Who answers.
+#[derive(Clone)]
+pub enum ModelConfig {
+    Echo,
+    Provider {
+        settings: provider::Settings,
+        policy: retry::Policy,
+        /// Looks a provider's usual variable up.
+        keys: KeyLookup,
+    },
+}
+
+/// Looks up the value of an environment variable that holds a provider's key.
+pub type KeyLookup = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
+
+impl fmt::Debug for ModelConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Echo => f.write_str("Echo"),
+            Self::Provider { settings, .. } => write!(f, "Provider({:?})", settings.model),
+        }
+    }
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problems(pub Vec<String>);
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for problem in &self.0 {
+            writeln!(f, "error: {problem}")?;
+        }
+        write!(f, "\nFor more information, try 'chat-memory --help'.")
+    }
+}
+
+impl Serve {
+    /// Checks every setting; says everything that is wrong.
+    pub fn check(&self) -> Result<Config, Problems> {
+        let mut problems = Problems(Vec::new());
+        let listen = self.check_listen(&mut problems);
+        let unix_mode = problems.take("--unix-mode", &self.unix_mode, Octal(0)..=Octal(0o777));
+        let timeout_ms = problems.take("--redis-timeout-ms", &self.redis_timeout_ms, 100..=60_000);
+        let store = self.check_store(&mut problems, timeout_ms);
+        let model = self.check_model(&mut problems);
+        if let Err(violation) = check_name("--key-prefix", &self.key_prefix, NAME_BYTES_MAX) {
+            problems.add(violation.to_string());
+        } else if self.key_prefix.contains(['{', '}']) {
+            problems.add("--key-prefix: must not contain `{` or `}`".to_owned());
+        }
+        if let Err(error) = crate::telemetry::parse_filter(&self.log) {
+            problems.add(format!("--log: {error}"));
+        }
+        let seconds = Duration::from_secs;
+        let config = Config {
+            listen,
+            unix_mode: unix_mode.0,
+            store,
+            key_prefix: self.key_prefix.clone(),
+            model,
+            history_messages: problems.take(
+                "--history-messages",
+                &self.history_messages,
+                1..=PAGE_MESSAGES_MAX,
+            ),
+            turn_limit: seconds(problems.take("--turn-seconds", &self.turn_seconds, 1..=3600)),
+            turns_max: problems.take("--max-turns", &self.max_turns, 1..=1_000_000),
+            requests_max: problems.take("--max-requests", &self.max_requests, 1..=1_000_000),
+            streams_max: problems.take("--max-streams", &self.max_streams, 1..=1_000_000),
+            keepalive: seconds(problems.take(
+                "--keepalive-seconds",
+                &self.keepalive_seconds,
+                1..=3600,
+            )),
+            drain_limit: seconds(problems.take("--drain-seconds", &self.drain_seconds, 0..=3600)),
+            log_format: problems.parsed("--log-format", &self.log_format),
+            log: self.log.clone(),
+        };
+        if problems.0.is_empty() {
+            Ok(config)
+        } else {
+            Err(problems)
+        }
+    }
+
+    fn check_listen(&self, problems: &mut Problems) -> Vec<Listen> {
+        let mut addresses = Vec::with_capacity(self.listen.len());
+        for given in &self.listen {
+            let Ok(address) = &given.parsed else {
+                problems.parsed("--listen", given);
+                continue;
+            };
+            if let Listen::Tcp(socket) = address
+                && !socket.ip().is_loopback()
+                && !self.insecure
+            {
+                problems.add(format!(
+                    "--listen: {socket} can be reached by other machines, and there is no \
+                     authentication and no TLS yet; if the network is closed to all but trusted \
+                     clients, say so with --insecure"
+                ));
+            }
+            addresses.push(address.clone());
+        }
+        addresses
+    }
+
+    fn check_store(&self, problems: &mut Problems, timeout_ms: u64) -> StoreConfig {
+        // An empty variable is how compose files leave a setting out.
+        let Some(url) = self.redis.as_ref().filter(|url| !url.expose().is_empty()) else {
+            if self.redis_ca_file.is_some() {
+                problems.add("--redis-ca-file: needs --redis".to_owned());
+            }
+            let default = || PathBuf::from("chat-memory.db");
+            return StoreConfig::Embedded {
+                path: self.database.clone().unwrap_or_else(default),
+            };
+        };
+        if self.database.is_some() {
+            problems
+                .add("--redis and --database: there is one store, choose one of them".to_owned());
+        }
+        let settings = redis::Settings {
+            key_prefix: self.key_prefix.clone(),
+            timeout_ms,
+            ca_file: self.redis_ca_file.clone(),
+            ..redis::Settings::new(url.clone())
+        };
+        if let Err(error) = settings.check() {
+            problems.add(format!("--redis: {error}"));
+        }
+        StoreConfig::Redis(settings)
+    }
+
+    fn check_model(&self, problems: &mut Problems) -> ModelConfig {
+        let attempts = problems.take("--model-attempts", &self.model_attempts, 1..=10);
+        let idle = problems.take("--model-idle-seconds", &self.model_idle_seconds, 1..=3600);
+        let model = self.model.as_deref().filter(|model| !model.is_empty());
+        let url = self.model_url.as_deref().filter(|url| !url.is_empty());
+        match (model, url) {
+            (None, Some(_)) => problems.add("--model-url: needs --model".to_owned()),
+            (None, None) if self.model_key.is_some() => {
+                problems.add("--model-key: needs --model".to_owned());
+            }
+            _ => {}
+        }
+        let Some(model) = model else {
+            return ModelConfig::Echo;
+        };
+        if model == echo::NAME && url.is_none() {
+            return ModelConfig::Echo;
+        }
+        let settings = provider::Settings {
+            url: url.map(str::to_owned),
+            api_key: self.model_key.clone(),
+            idle_timeout: Duration::from_secs(idle),
+            ..provider::Settings::new(model)
+        };
+        let keys: KeyLookup = Arc::new(|name| std::env::var(name).ok());
+        if let Err(error) = Provider::new(settings.clone(), |name| keys(name)) {
+            problems.add(format!("--model: {error}"));
+        }
+        ModelConfig::Provider {
+            settings,
+            policy: retry::Policy {
+                attempts_max: attempts,
+                ..retry::Policy::default()
+            },
+            keys,
+        }
+    }
+}
+
+impl Problems {
+    fn add(&mut self, problem: String) {
+        self.0.push(problem);
+    }
+
+    /// The value that was given; its default, and a problem, if it cannot be parsed.
+    fn parsed<T: Clone + Default>(&mut self, flag: &str, given: &Given<T>) -> T {
+        match &given.parsed {
+            Ok(value) => value.clone(),
+            Err(error) => {
+                self.add(format!("{flag}: {:?}: {error}", given.text));
+                T::default()
+            }
+        }
+    }
+
+    /// The same, and a problem if it is out of its range.
+    fn take<T>(&mut self, flag: &str, given: &Given<T>, range: std::ops::RangeInclusive<T>) -> T
+    where
+        T: Clone + Default + PartialOrd + fmt::Display,
+    {
+        let value = self.parsed(flag, given);
+        if given.parsed.is_ok() && !range.contains(&value) {
+            let (start, end) = range.into_inner();
+            self.add(format!("{flag}: {value}: must be {start} to {end}"));
+        }
+        value
+    }
+}
+
+/// A setting as it was given, parsed or not.
+#[derive(Debug, Clone)]
+pub struct Given<T> {
+    text: String,
+    parsed: Result<T, String>,
+}
+
+impl<T: FromStr<Err: fmt::Display>> FromStr for Given<T> {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(Self {
+            text: text.to_owned(),
+            parsed: text.parse().map_err(|error: T::Err| error.to_string()),
+        })
+    }
+}
+
+/// An address to listen on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listen {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self::Tcp(([127, 0, 0, 1], 50051).into())
+    }
+}
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            if path.is_empty() {
+                return Err("a Unix socket needs a path: unix:/path/to/socket".to_owned());
+            }
+            return Ok(Self::Unix(PathBuf::from(path)));
+        }
+        let text = text.strip_prefix("http://").unwrap_or(text);
+        let text = text.replacen("localhost:", "127.0.0.1:", 1);
+        let address = text.parse().map(Self::Tcp);
+        address.map_err(|_| "must be IP:PORT or unix:/path/to/socket".to_owned())
+    }
+}
+
+/// A number written in octal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Default)]
+pub struct Octal(u32);
+
+impl FromStr for Octal {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = u32::from_str_radix(text, 8);
+        number
+            .map(Self)
+            .map_err(|_| "must be an octal number such as 660".to_owned())
+    }
+}
+
+impl fmt::Display for Octal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:o}", self.0)
+    }
+}
+
+/// How to write the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum LogFormat {
+    #[default]
+    Auto,
+    Text,
+    Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        <Self as ValueEnum>::from_str(text, true)
+            .map_err(|_| "must be auto, text or json".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(flags: &[&str]) -> Result<Config, Problems> {
+        let args = std::iter::once("chat-memory").chain(flags.iter().copied());
+        Cli::try_parse_from(args).expect("flags").serve.check()
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn without_flags_everything_has_its_default() {
+        let config = check(&[]).unwrap();
+        assert_eq!(config.listen, [Listen::default()]);
+        assert!(
+            matches!(config.store, StoreConfig::Embedded { path } if path == *"chat-memory.db")
+        );
+        assert!(matches!(config.model, ModelConfig::Echo));
+        assert_eq!(config.key_prefix, "message_store:");
+    }
+
+    #[test]
+    fn everything_that_is_wrong_is_said_at_once() {
+        let problems = check(&[
+            "--listen=0.0.0.0:1",
+            "--listen=nowhere",
+            "--redis=ftp://x",
+            "--database=x.db",
+            "--drain-seconds=soon",
+            "--max-turns=0",
+            "--model-url=http://localhost/v1",
+            "--log-format=xml",
+            "--unix-mode=999",
+        ])
+        .unwrap_err();
+        let text = problems.to_string();
+        for flag in [
+            "--listen: 0.0.0.0:1",
+            "--listen: \"nowhere\"",
+            "--redis: ",
+            "--redis and --database",
+            "--drain-seconds: \"soon\"",
+            "--max-turns: 0: must be 1 to 1000000",
+            "--model-url: needs --model",
+            "--log-format: \"xml\": must be auto, text or json",
+            "--unix-mode: \"999\"",
+        ] {
+            assert!(text.contains(flag), "{flag} is missing in:\n{text}");
+        }
+        assert_eq!(problems.0.len(), 9, "{text}");
+    }
+
+    #[test]
+    fn a_public_address_needs_to_be_asked_for() {
+        assert!(check(&["--listen=0.0.0.0:50051"]).is_err());
+        assert!(check(&["--listen=[::]:50051"]).is_err());
+        assert!(check(&["--listen=0.0.0.0:50051", "--insecure"]).is_ok());
+        assert!(check(&["--listen=127.0.0.1:0,unix:/tmp/x.sock,[::1]:0"]).is_ok());
+    }
+
+    #[test]
+    fn a_secret_does_not_print() {
+        let config = check(&["--redis=redis://user:hunter2@localhost"]).unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"));
+        let args = ["chat-memory", "--redis=redis://user:hunter2@localhost"];
+        let cli = Cli::try_parse_from(args).unwrap();
+        assert!(!format!("{cli:?}").contains("hunter2"));
+    }
+}

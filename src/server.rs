@@ -1,0 +1,262 @@
+//! From listeners to a running server, and from a signal to its orderly end. Reads no settings of
+//! its own and opens no ports but those it is given.
+
+use std::{
+    fs, io,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use tokio::{
+    net::{TcpListener, UnixListener, UnixStream},
+    task::JoinSet,
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    server::NamedService as _,
+    service::Routes,
+    transport::{Server, server::TcpIncoming},
+};
+use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::util::MapResponseLayer;
+
+use crate::{
+    config::Listen, error, pb::chat_memory_server::ChatMemoryServer, service::Service,
+    store::Store, turn::Turns,
+};
+
+/// The descriptors of our proto, for reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/chatmemory.v1.bin"));
+
+/// Bytes of a request at most. Its messages are at most 3 MiB; the rest is room for the fields
+/// around them.
+const REQUEST_BYTES_MAX: usize = 4 << 20;
+
+/// How long an unanswered probe is waited for before its connection is closed.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long connections get to send what they have once nothing runs any more. A client that keeps
+/// a health watch open would otherwise hold the server for the whole drain.
+const FLUSH_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long aborted turns get to tell their clients.
+const ABORT_LIMIT: Duration = Duration::from_secs(1);
+
+/// A listening socket.
+#[derive(Debug)]
+pub enum Listener {
+    Tcp(TcpListener),
+    /// The file goes when the listener does.
+    Unix(UnixListener, SocketFile),
+}
+
+impl Listener {
+    /// Listens. A Unix socket that a dead server left is replaced; a live one's is not.
+    pub async fn bind(address: &Listen, unix_mode: u32) -> io::Result<Self> {
+        match address {
+            Listen::Tcp(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
+            Listen::Unix(path) => {
+                remove_dead_socket(path).await?;
+                let listener = UnixListener::bind(path)?;
+                let file = SocketFile(path.clone());
+                fs::set_permissions(path, fs::Permissions::from_mode(unix_mode))?;
+                Ok(Self::Unix(listener, file))
+            }
+        }
+    }
+
+    /// Where it listens, with the port that port 0 became.
+    pub fn address(&self) -> io::Result<Listen> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().map(Listen::Tcp),
+            Self::Unix(_, SocketFile(path)) => Ok(Listen::Unix(path.clone())),
+        }
+    }
+}
+
+async fn remove_dead_socket(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            let text = "the path exists and is not a socket";
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(error) => Err(error),
+        Ok(_) => {
+            let text = "another server listens on this socket";
+            Err(io::Error::new(io::ErrorKind::AddrInUse, text))
+        }
+    }
+}
+
+/// A socket's file, which is removed on drop.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Nothing depends on it: a socket that stays is replaced by the next start.
+        fs::remove_file(&self.0).ok();
+    }
+}
+
+/// What a server is made of.
+pub struct Parts {
+    pub listeners: Vec<Listener>,
+    pub store: Arc<dyn Store>,
+    pub turns: Turns,
+    /// Unary calls at once, at most.
+    pub requests_max: usize,
+    /// Calls at once on one connection, at most.
+    pub streams_max: u32,
+    /// Silence after which a connection is probed.
+    pub keepalive: Duration,
+    /// How long running calls get to finish.
+    pub drain_limit: Duration,
+}
+
+/// Serves until `shutdown` is cancelled, then drains: says NOT_SERVING, accepts no connection, lets
+/// the calls that run finish within the limit, and ends what is left.
+///
+/// The caller binds and the caller decides when to stop, so a test can do both.
+pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
+    let service = Service::new(
+        Arc::clone(&parts.store),
+        parts.turns.clone(),
+        parts.requests_max,
+    );
+    let (reporter, health) = tonic_health::server::health_reporter();
+    report(&reporter, &*parts.store).await;
+    let memory = ChatMemoryServer::new(service.clone())
+        .max_decoding_message_size(REQUEST_BYTES_MAX)
+        .max_encoding_message_size(usize::MAX);
+    let mut routes = Routes::new(memory).add_service(health);
+    for reflection in [true, false] {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // So that grpcurl shows the details of errors.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET);
+        // Clients older than 2023, and some newer ones, ask for v1alpha only.
+        routes = if reflection {
+            routes.add_service(builder.build_v1().map_err(io::Error::other)?)
+        } else {
+            routes.add_service(builder.build_v1alpha().map_err(io::Error::other)?)
+        };
+    }
+    let routes = routes.prepare();
+
+    let stop_accepting = CancellationToken::new();
+    let mut serving = JoinSet::new();
+    let mut socket_files = Vec::new();
+    for listener in parts.listeners {
+        let server = Server::builder()
+            .layer(MapResponseLayer::new(error::complete))
+            .max_concurrent_streams(parts.streams_max)
+            .http2_keepalive_interval(Some(parts.keepalive))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .add_routes(routes.clone());
+        let stop = stop_accepting.clone().cancelled_owned();
+        match listener {
+            Listener::Tcp(listener) => {
+                let incoming = TcpIncoming::from(listener)
+                    .with_nodelay(Some(true))
+                    .with_keepalive(Some(parts.keepalive));
+                serving.spawn(server.serve_with_incoming_shutdown(incoming, stop));
+            }
+            Listener::Unix(listener, file) => {
+                let incoming = UnixListenerStream::new(listener);
+                socket_files.push(file);
+                serving.spawn(server.serve_with_incoming_shutdown(incoming, stop));
+            }
+        }
+    }
+
+    let mut reachable = parts.store.reachable();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            changed = reachable.changed() => {
+                report(&reporter, &*parts.store).await;
+                if changed.is_err() {
+                    // The store has stopped watching itself; its last word stands.
+                    shutdown.cancelled().await;
+                    break;
+                }
+            }
+        }
+    }
+
+    tracing::info!(
+        turns = parts.turns.running(),
+        limit_seconds = parts.drain_limit.as_secs(),
+        "draining"
+    );
+    for name in SERVICES {
+        reporter
+            .set_service_status(name, ServingStatus::NotServing)
+            .await;
+    }
+    stop_accepting.cancel();
+    let limit = Instant::now() + parts.drain_limit;
+    let finished = async {
+        parts.turns.finish().await;
+        service.idle().await;
+    };
+    if timeout_at(limit, finished).await.is_err() {
+        tracing::warn!(
+            turns = parts.turns.running(),
+            "the drain's limit is reached"
+        );
+        parts.turns.abort();
+        timeout(ABORT_LIMIT, service.idle()).await.ok();
+    }
+    let flushed = async { while serving.join_next().await.is_some() {} };
+    timeout(FLUSH_LIMIT, flushed).await.ok();
+    Ok(())
+}
+
+/// The names that health knows: ours, and "" for the server as a whole.
+const SERVICES: [&str; 2] = ["", ChatMemoryServer::<Service>::NAME];
+
+async fn report(reporter: &HealthReporter, store: &dyn Store) {
+    let reachable = *store.reachable().borrow();
+    let status = if reachable {
+        ServingStatus::Serving
+    } else {
+        ServingStatus::NotServing
+    };
+    if reachable {
+        tracing::info!(store = store.describe(), "the store can be reached");
+    } else {
+        tracing::warn!(store = store.describe(), "the store cannot be reached");
+    }
+    join_all(SERVICES.map(|name| reporter.set_service_status(name, status))).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+
+    #[test]
+    fn the_descriptors_hold_our_service() {
+        let set = prost_types::FileDescriptorSet::decode(DESCRIPTORS).unwrap();
+        let file = set
+            .file
+            .iter()
+            .find(|file| file.package() == "chatmemory.v1")
+            .unwrap();
+        assert_eq!(file.service[0].name(), "ChatMemory");
+    }
+}

@@ -1,0 +1,239 @@
+//! From settings to a server that runs: opens the store, makes the model, binds, says what there
+//! is, and waits for a signal.
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    config::{Config, Listen, LogFormat, ModelConfig, Problems, Serve, StoreConfig, VERSION},
+    model::{Model, echo::Echo, provider::Provider, retry::Retry},
+    server::{self, Listener, Parts},
+    store::{Store, redis::Redis, sqlite::Sqlite},
+    telemetry,
+    turn::{self, Turns},
+};
+
+/// The exit code for settings that cannot work, as clap has it.
+const EXIT_USAGE: u8 = 2;
+
+/// How long what is left on the runtime gets once the server has drained.
+const RUNTIME_LIMIT: Duration = Duration::from_millis(200);
+
+/// Why a server did not start or did not go on.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0}")]
+    Settings(Problems),
+    #[error("{0}")]
+    Store(String),
+    #[error("cannot run: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Runs the server until it is told to stop.
+pub fn serve(settings: &Serve) -> ExitCode {
+    // One provider for all TLS, named before its first use: two in one program panic then.
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .ok();
+    let outcome = settings
+        .check()
+        .map_err(Failure::Settings)
+        .and_then(|config| run(&config));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Settings(problems)) => {
+            eprintln!("{problems}");
+            ExitCode::from(EXIT_USAGE)
+        }
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a client command.
+pub fn client(work: impl Future<Output = ExitCode>) -> ExitCode {
+    // One thread is enough for one connection, and starts sooner.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    match runtime {
+        Ok(runtime) => {
+            let code = runtime.block_on(work);
+            // A thread that still waits for a line from the terminal is not waited for.
+            runtime.shutdown_background();
+            code
+        }
+        Err(error) => {
+            eprintln!("error: cannot run: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: &Config) -> Result<(), Failure> {
+    // The filter was checked with the other settings.
+    telemetry::start(config.log_format, &config.log).ok();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(run_until_signal(config));
+    runtime.shutdown_timeout(RUNTIME_LIMIT);
+    outcome
+}
+
+async fn run_until_signal(config: &Config) -> Result<(), Failure> {
+    let shutdown = shutdown_on_signal()?;
+    let model = make_model(&config.model).map_err(Failure::Settings)?;
+    let listeners = bind(config).await.map_err(Failure::Settings)?;
+    let store = open_store(config)?;
+    announce(config, &listeners, &*store, &*model)?;
+
+    let turns = Turns::new(
+        Arc::clone(&store),
+        model,
+        turn::Settings {
+            history_messages: config.history_messages,
+            turn_limit: config.turn_limit,
+            turns_max: config.turns_max,
+        },
+    );
+    let parts = Parts {
+        listeners,
+        store,
+        turns,
+        requests_max: config.requests_max,
+        streams_max: config.streams_max,
+        keepalive: config.keepalive,
+        drain_limit: config.drain_limit,
+    };
+    server::run(parts, shutdown).await?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Cancels on the first SIGTERM or SIGINT; exits at once on the second.
+fn shutdown_on_signal() -> io::Result<CancellationToken> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let shutdown = CancellationToken::new();
+    let token = shutdown.clone();
+    tokio::spawn(async move {
+        for exit_code in [None, Some(1)] {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if let Some(code) = exit_code {
+                std::process::exit(code);
+            }
+            token.cancel();
+        }
+    });
+    Ok(shutdown)
+}
+
+/// Binds all addresses, or says all that cannot be bound.
+async fn bind(config: &Config) -> Result<Vec<Listener>, Problems> {
+    let mut listeners = Vec::with_capacity(config.listen.len());
+    let mut problems = Vec::new();
+    for address in &config.listen {
+        match Listener::bind(address, config.unix_mode).await {
+            Ok(listener) => listeners.push(listener),
+            Err(error) => problems.push(format!("--listen: {address}: {error}")),
+        }
+    }
+    if problems.is_empty() {
+        Ok(listeners)
+    } else {
+        Err(Problems(problems))
+    }
+}
+
+fn open_store(config: &Config) -> Result<Arc<dyn Store>, Failure> {
+    let failed = |error: &dyn std::fmt::Display| Failure::Store(error.to_string());
+    match &config.store {
+        StoreConfig::Embedded { path } => {
+            let store = Sqlite::open(path, &config.key_prefix);
+            Ok(Arc::new(store.map_err(|error| failed(&error))?))
+        }
+        StoreConfig::Redis(settings) => {
+            let store = Redis::connect(settings.clone());
+            Ok(Arc::new(store.map_err(|error| failed(&error))?))
+        }
+    }
+}
+
+fn make_model(config: &ModelConfig) -> Result<Arc<dyn Model>, Problems> {
+    let ModelConfig::Provider {
+        settings,
+        policy,
+        keys,
+    } = config
+    else {
+        return Ok(Arc::new(Echo));
+    };
+    let provider = Provider::new(settings.clone(), |name| keys(name));
+    let provider = provider.map_err(|error| Problems(vec![format!("--model: {error}")]))?;
+    Ok(Arc::new(Retry::new(Arc::new(provider), policy.clone())))
+}
+
+/// Says what runs where: to people on standard output, to machines in the log.
+fn announce(
+    config: &Config,
+    listeners: &[Listener],
+    store: &dyn Store,
+    model: &dyn Model,
+) -> io::Result<()> {
+    let mut addresses = Vec::with_capacity(listeners.len());
+    for listener in listeners {
+        addresses.push(listener.address()?);
+    }
+    let (store, model) = (store.describe(), model.describe());
+    if config.log_format == LogFormat::Json {
+        let listening: Vec<String> = addresses.iter().map(Listen::to_string).collect();
+        let listening = listening.join(",");
+        tracing::info!(version = VERSION, listening, store, model, "started");
+        return Ok(());
+    }
+    let mut out = io::stdout().lock();
+    writeln!(out, "chat-memory {VERSION}")?;
+    for address in &addresses {
+        writeln!(out, "  listening on {address}")?;
+    }
+    writeln!(out, "  store: {store}")?;
+    writeln!(out, "  model: {model}")?;
+    let Some(first) = addresses.first() else {
+        return Ok(());
+    };
+    let program = std::env::args().next();
+    let program = program.as_deref().unwrap_or("chat-memory");
+    let target = match first {
+        Listen::Tcp(_) if *first == Listen::default() => String::new(),
+        _ => format!(" --target {first}"),
+    };
+    let grpcurl = match first {
+        Listen::Tcp(address) => address.to_string(),
+        Listen::Unix(path) => format!("-unix {}", path.display()),
+    };
+    writeln!(
+        out,
+        "\n\
+         Try it in another terminal:\n\
+         \x20 {program} chat --session foo{target}\n\
+         \x20 {program} history --session foo{target}\n\
+         \x20 grpcurl -plaintext -d '{{\"session_id\": \"foo\", \"messages\": [{{\"role\": \
+         \"ROLE_USER\", \"content\": \"hi\"}}]}}' {grpcurl} chatmemory.v1.ChatMemory/Chat\n\
+         Stop it with Ctrl-C.\n"
+    )?;
+    out.flush()
+}

@@ -1,0 +1,12 @@
+//! What the tests are made of: real servers, real stores, a real HTTP server in the model's place.
+
+// Each test program uses its own part of this.
+#![allow(dead_code)]
+
+pub mod program;
+pub mod provider;
+pub mod proxy;
+pub mod redis;
+pub mod server;
+pub mod stores;
+pub mod wait;

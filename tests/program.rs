@@ -1,0 +1,464 @@
+//! The real program: flags, signals, restart and crash, on the embedded store.
+
+mod harness;
+
+use std::{
+    io::Write as _,
+    process::Stdio,
+    sync::{Arc, Mutex},
+};
+
+use harness::{
+    program::{Program, command, run},
+    server::{Client, append, chat, client, contents, get, tcp_channel, tell, unix_channel, user},
+    wait,
+};
+
+async fn connect(program: &Program) -> Client {
+    client(tcp_channel(&program.addresses[0]).await)
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[tokio::test]
+async fn it_says_what_it_is_where_it_listens_and_what_to_do_next() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("x.sock");
+    let database = directory.path().join("chat.db");
+    let program = Program::start(&[
+        "--listen",
+        "127.0.0.1:0",
+        "--listen",
+        &format!("unix:{}", socket.display()),
+        "--database",
+        database.to_str().unwrap(),
+    ]);
+    assert_eq!(program.addresses.len(), 2);
+    let port: u16 = program.addresses[0]
+        .strip_prefix("127.0.0.1:")
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert_ne!(port, 0);
+    let banner = &program.banner;
+    for part in [
+        concat!("chat-memory ", env!("CARGO_PKG_VERSION"), " (commit "),
+        "chat.db",
+        "model: echo",
+        "chat --session foo",
+        "history --session foo",
+        &format!("127.0.0.1:{port} chatmemory.v1.ChatMemory/Chat"),
+    ] {
+        assert!(banner.contains(part), "{part} is missing in:\n{banner}");
+    }
+
+    let mut tcp = connect(&program).await;
+    let mut unix = client(unix_channel(&socket).await);
+    tell(&mut tcp, chat("foo", "hi")).await;
+    assert_eq!(contents(&mut unix, "foo").await, ["hi", "You said: hi"]);
+    use std::os::unix::fs::PermissionsExt as _;
+    let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[tokio::test]
+async fn the_history_survives_a_restart_and_sequences_go_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("chat.db");
+    let mut program = Program::embedded(&database);
+    let mut first = connect(&program).await;
+    first
+        .append(append("s", vec![user("one"), user("two")]))
+        .await
+        .unwrap();
+    let before = first.get_messages(get("s")).await.unwrap().into_inner();
+    let mut cleared = append("t", vec![user("gone")]);
+    cleared.request_id = "r".to_owned();
+    first.append(cleared).await.unwrap();
+    first.clear(harness::server::clear("t")).await.unwrap();
+    program.signal("TERM");
+    assert!(program.wait().success());
+
+    let program = Program::embedded(&database);
+    let mut second = connect(&program).await;
+    assert_eq!(
+        second.get_messages(get("s")).await.unwrap().into_inner(),
+        before
+    );
+    let three = second
+        .append(append("s", vec![user("three")]))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(three.messages[0].sequence, 3);
+    let after_clear = second
+        .append(append("t", vec![user("new")]))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(after_clear.messages[0].sequence, 2);
+}
+
+#[tokio::test]
+async fn a_crash_during_appends_loses_nothing_that_was_acknowledged() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("chat.db");
+    let mut expected_before = Vec::new();
+    for _round in 0..3 {
+        let program = Program::embedded(&database);
+        let acknowledged = Arc::new(Mutex::new(expected_before.clone()));
+        let channel = tcp_channel(&program.addresses[0]).await;
+        let mut writers = Vec::new();
+        for _ in 0..8 {
+            let (mut client, acknowledged) = (client(channel.clone()), Arc::clone(&acknowledged));
+            writers.push(tokio::spawn(async move {
+                loop {
+                    let request = append("s", vec![user("question"), user("answer")]);
+                    let Ok(stored) = client.append(request).await else {
+                        return;
+                    };
+                    for message in stored.into_inner().messages {
+                        acknowledged
+                            .lock()
+                            .unwrap()
+                            .push((message.sequence, message.id));
+                    }
+                }
+            }));
+        }
+        wait::until("there are appends to interrupt", || {
+            let count = acknowledged.lock().unwrap().len();
+            let enough = count >= expected_before.len() + 200;
+            async move { enough.then_some(()) }
+        })
+        .await;
+        program.crash();
+        for writer in writers {
+            writer.await.unwrap();
+        }
+
+        let program = Program::embedded(&database);
+        let mut reader = connect(&program).await;
+        let mut stored = Vec::new();
+        let mut request = get("s");
+        request.page_size = 1000;
+        loop {
+            let page = reader
+                .get_messages(request.clone())
+                .await
+                .unwrap()
+                .into_inner();
+            stored.extend(page.messages.into_iter().map(|m| (m.sequence, m.id)));
+            if page.next_page_token.is_empty() {
+                break;
+            }
+            request.page_token = page.next_page_token;
+        }
+        let acknowledged = acknowledged.lock().unwrap().clone();
+        for message in &acknowledged {
+            assert!(stored.binary_search(message).is_ok(), "{message:?} is lost");
+        }
+        assert_eq!(stored.len() % 2, 0, "an append is stored by half");
+        expected_before = stored;
+    }
+}
+
+#[test]
+fn a_second_server_on_the_same_file_is_told_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("chat.db");
+    let _first = Program::embedded(&database);
+    let second = run([
+        "--listen",
+        "127.0.0.1:0",
+        "--database",
+        database.to_str().unwrap(),
+    ]);
+    assert_eq!(second.status.code(), Some(1));
+    let errors = text(&second.stderr);
+    assert!(
+        errors.contains("another") && errors.contains("chat.db"),
+        "{errors}"
+    );
+    assert_eq!(errors.trim().lines().count(), 1, "{errors}");
+}
+
+#[test]
+fn an_address_in_use_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let first = Program::embedded(&directory.path().join("1.db"));
+    let address = &first.addresses[0];
+    let database = directory.path().join("2.db");
+    let second = run([
+        "--listen",
+        address,
+        "--database",
+        database.to_str().unwrap(),
+    ]);
+    assert_eq!(second.status.code(), Some(2));
+    assert!(text(&second.stderr).contains(address));
+    assert!(!database.exists(), "nothing is left behind");
+}
+
+#[test]
+fn a_dead_servers_socket_is_replaced_and_a_live_ones_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let listen = format!("unix:{}", directory.path().join("x.sock").display());
+    let start = |name: &str| {
+        let database = directory.path().join(name);
+        Program::start(&[
+            "--listen",
+            &listen,
+            "--database",
+            database.to_str().unwrap(),
+        ])
+    };
+    start("1.db").crash();
+    let _second = start("2.db");
+    let database = directory.path().join("3.db");
+    let third = run([
+        "--listen",
+        &listen,
+        "--database",
+        database.to_str().unwrap(),
+    ]);
+    assert_eq!(third.status.code(), Some(2));
+    assert!(text(&third.stderr).contains("another server listens on this socket"));
+}
+
+#[test]
+fn all_errors_of_the_configuration_are_shown_at_once() {
+    let output = command([
+        "--listen",
+        "0.0.0.0:1",
+        "--drain-seconds",
+        "x",
+        "--model-url",
+        "y",
+    ])
+    .env("CHAT_MEMORY_MAX_TURNS", "0")
+    .output()
+    .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let errors = text(&output.stderr);
+    for part in [
+        "--insecure",
+        "--drain-seconds: \"x\"",
+        "--model-url: needs --model",
+        "--max-turns: 0",
+    ] {
+        assert!(errors.contains(part), "{part} is missing in:\n{errors}");
+    }
+}
+
+#[test]
+fn version_names_the_commit_and_help_teaches() {
+    let version = text(&run(["--version"]).stdout);
+    assert!(version.starts_with(concat!(
+        "chat-memory ",
+        env!("CARGO_PKG_VERSION"),
+        " (commit "
+    )));
+    let help = text(&run(["--help"]).stdout);
+    for part in [
+        "CHAT_MEMORY_REDIS",
+        "[default: 127.0.0.1:50051]",
+        "Examples:",
+        "history",
+        "health",
+    ] {
+        assert!(help.contains(part), "{part} is missing in:\n{help}");
+    }
+}
+
+#[test]
+fn every_flag_of_the_server_has_its_variable() {
+    let help = text(&run(["serve", "--help"]).stdout);
+    // Lines that begin with a flag and its value, and not those that only mention one.
+    let flags: Vec<&str> = help
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("--"))
+        .filter_map(|line| line.split([' ', '<']).next())
+        .filter(|flag| {
+            flag.bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte == b'-')
+        })
+        .collect();
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(flags.len() > 15, "{flags:?}");
+    for flag in flags {
+        let variable = match flag {
+            "help" | "version" => continue,
+            "log" => "[env: CHAT_MEMORY_LOG=".to_owned(),
+            flag => format!(
+                "[env: CHAT_MEMORY_{}",
+                flag.replace('-', "_").to_uppercase()
+            ),
+        };
+        assert!(help.contains(&variable), "{variable} is missing");
+    }
+}
+
+#[tokio::test]
+async fn settings_come_from_the_environment_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("env.db");
+    let mut child = command(["serve"])
+        .env("CHAT_MEMORY_LISTEN", "127.0.0.1:0")
+        .env("CHAT_MEMORY_DATABASE", &database)
+        .env("CHAT_MEMORY_LOG_FORMAT", "json")
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+    let started = loop {
+        let line = lines.next().expect("a line").unwrap();
+        let line: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+        if line["message"] == "started" {
+            break line;
+        }
+    };
+    assert!(
+        started["listening"]
+            .as_str()
+            .unwrap()
+            .starts_with("127.0.0.1:")
+    );
+    assert!(started["store"].as_str().unwrap().contains("env.db"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn no_message_text_reaches_the_log_at_any_level() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("x.db");
+    let log = directory.path().join("log");
+    let mut child = command(["--listen", "127.0.0.1:0", "--log", "trace"])
+        .args(["--log-format", "json", "--database"])
+        .arg(&database)
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    let address = wait::until("it listens", || {
+        let log = std::fs::read_to_string(&log).unwrap();
+        let line = log
+            .lines()
+            .find(|line| line.contains("\"started\""))
+            .map(str::to_owned);
+        async move {
+            let line: serde_json::Value = serde_json::from_str(&line?).ok()?;
+            Some(line["listening"].as_str()?.to_owned())
+        }
+    })
+    .await;
+    let mut client = client(tcp_channel(&address).await);
+    client
+        .append(append("s", vec![user("hush-append")]))
+        .await
+        .unwrap();
+    tell(&mut client, chat("s", "hush-chat")).await;
+    client
+        .append(append("s{", vec![user("hush-refused")]))
+        .await
+        .unwrap_err();
+    contents(&mut client, "s").await;
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let log = std::fs::read_to_string(&log).unwrap();
+    assert!(log.contains("started"));
+    assert!(!log.contains("hush"), "{log}");
+}
+
+#[tokio::test]
+async fn sigterm_drains_and_a_second_signal_ends_it_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut program = Program::embedded(&directory.path().join("x.db"));
+    program.signal("TERM");
+    assert!(program.wait().success());
+
+    // A provider that never answers holds the drain.
+    let provider = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1", provider.local_addr().unwrap());
+    let database = directory.path().join("y.db");
+    let database = database.to_str().unwrap();
+    let mut program = Program::start(&[
+        "--listen",
+        "127.0.0.1:0",
+        "--database",
+        database,
+        "--model-url",
+        &url,
+        "--model",
+        "m",
+    ]);
+    let mut client = connect(&program).await;
+    let _stream = client.chat(chat("s", "hi")).await.unwrap();
+    let _connection = provider.accept().await.unwrap();
+    program.signal("TERM");
+    wait::until("it drains", || {
+        let address = program.addresses[0].clone();
+        async move {
+            tokio::net::TcpStream::connect(address)
+                .await
+                .is_err()
+                .then_some(())
+        }
+    })
+    .await;
+    program.signal("TERM");
+    assert_eq!(program.wait().code(), Some(1));
+}
+
+#[test]
+fn health_tells_a_probe_by_its_exit_code() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut program = Program::embedded(&directory.path().join("x.db"));
+    let target = program.addresses[0].clone();
+    assert!(run(["health", "--target", &target]).status.success());
+    program.signal("TERM");
+    program.wait();
+    assert_eq!(run(["health", "--target", &target]).status.code(), Some(1));
+}
+
+#[test]
+fn chat_and_history_work_through_pipes() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::embedded(&directory.path().join("x.db"));
+    let target = &program.addresses[0];
+    let mut chat = command(["chat", "--session", "foo", "--target", target])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    chat.stdin
+        .take()
+        .unwrap()
+        .write_all("hello\nagain\n".as_bytes())
+        .unwrap();
+    let output = chat.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let said = text(&output.stdout);
+    assert!(
+        said.contains("You said: hello") && said.contains("You said: again"),
+        "{said}"
+    );
+
+    let history = run(["history", "--session", "foo", "--json", "--target", target]);
+    let lines: Vec<serde_json::Value> = text(&history.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let contents: Vec<_> = lines
+        .iter()
+        .map(|line| line["content"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        contents,
+        ["hello", "You said: hello", "again", "You said: again"]
+    );
+}
