@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
 
 use crate::{
     cli::args::{ChatArgs, HealthArgs, HistoryArgs},
@@ -54,6 +54,24 @@ pub struct Cli {
 
     #[command(flatten)]
     pub serve: Serve,
+}
+
+impl Cli {
+    /// Takes the command line and the environment; ends the program if that cannot be.
+    pub fn parse_all() -> Self {
+        let matches = without_empty_variables(Self::command()).get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+}
+
+/// An empty variable is how compose files leave a setting out: it counts as absent.
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    command
+        .mut_args(|arg| match arg.get_env().map(std::env::var_os) {
+            Some(Some(value)) if value.is_empty() => arg.env(None::<&str>),
+            _ => arg,
+        })
+        .mut_subcommands(without_empty_variables)
 }
 
 #[derive(Debug, Subcommand)]
@@ -429,8 +447,7 @@ impl Serve {
     }
 
     fn check_store(&self, problems: &mut Problems, timeout_ms: u64) -> StoreConfig {
-        // An empty variable is how compose files leave a setting out.
-        let Some(url) = self.redis.as_ref().filter(|url| !url.expose().is_empty()) else {
+        let Some(url) = &self.redis else {
             if self.redis_ca_file.is_some() {
                 problems.add("--redis-ca-file: needs --redis".to_owned());
             }
@@ -458,8 +475,7 @@ impl Serve {
     fn check_model(&self, problems: &mut Problems) -> ModelConfig {
         let attempts = problems.take("--model-attempts", &self.model_attempts, 1..=10);
         let idle = problems.take("--model-idle-seconds", &self.model_idle_seconds, 1..=3600);
-        let model = self.model.as_deref().filter(|model| !model.is_empty());
-        let url = self.model_url.as_deref().filter(|url| !url.is_empty());
+        let (model, url) = (self.model.as_deref(), self.model_url.as_deref());
         match (model, url) {
             (None, Some(_)) => problems.add("--model-url: needs --model".to_owned()),
             (None, None) if self.model_key.is_some() => {
@@ -632,7 +648,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_well_formed() {
-        use clap::CommandFactory as _;
         Cli::command().debug_assert();
     }
 

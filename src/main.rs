@@ -7,10 +7,9 @@ use chat_memory::{
     config::{Cli, Command},
     start,
 };
-use clap::Parser as _;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_all();
     match cli.command {
         None => start::serve(&cli.serve),
         Some(Command::Serve(serve)) => start::serve(&serve),

@@ -332,6 +332,24 @@ async fn settings_come_from_the_environment_too() {
     child.wait().unwrap();
 }
 
+#[test]
+fn an_empty_variable_leaves_its_setting_out() {
+    let help = text(&run(["serve", "--help"]).stdout);
+    let mut serve = command(["serve", "--listen", "nowhere"]);
+    let mut count = 0;
+    for part in help.split("CHAT_MEMORY_").skip(1) {
+        let is_name = |byte: &u8| byte.is_ascii_uppercase() || *byte == b'_';
+        let length = part.bytes().take_while(|byte| is_name(byte)).count();
+        serve.env(format!("CHAT_MEMORY_{}", &part[..length]), "");
+        count += 1;
+    }
+    assert!(count > 15);
+    // The one flag that is wrong is all that there is to complain about.
+    let errors = text(&serve.output().unwrap().stderr);
+    assert_eq!(errors.matches("error: ").count(), 1, "{errors}");
+    assert!(errors.contains("--listen: \"nowhere\""), "{errors}");
+}
+
 #[tokio::test]
 async fn no_message_text_reaches_the_log_at_any_level() {
     let directory = tempfile::tempdir().unwrap();
