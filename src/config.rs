@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::{
     cli::args::{ChatArgs, HealthArgs, HistoryArgs},
@@ -21,6 +21,7 @@ use crate::{
     },
     secret::Secret,
     store::redis,
+    telemetry::{self, LogFormat},
 };
 
 /// The version and the commit it was built from.
@@ -389,7 +390,7 @@ impl Serve {
         } else if self.key_prefix.contains(['{', '}']) {
             problems.add("--key-prefix: must not contain `{` or `}`".to_owned());
         }
-        if let Err(error) = crate::telemetry::parse_filter(&self.log) {
+        if let Err(error) = telemetry::parse_filter(&self.log) {
             problems.add(format!("--log: {error}"));
         }
         let seconds = Duration::from_secs;
@@ -616,24 +617,6 @@ impl FromStr for Octal {
 impl fmt::Display for Octal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:o}", self.0)
-    }
-}
-
-/// How to write the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum LogFormat {
-    #[default]
-    Auto,
-    Text,
-    Json,
-}
-
-impl FromStr for LogFormat {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        <Self as ValueEnum>::from_str(text, true)
-            .map_err(|_| "must be auto, text or json".to_owned())
     }
 }
 

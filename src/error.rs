@@ -181,6 +181,11 @@ impl Error {
         }
     }
 
+    /// The stable reason, as `ErrorInfo` has it. It holds nothing of what the client sent.
+    pub fn reason(&self) -> &'static str {
+        self.verdict().reason
+    }
+
     /// The field at fault, and its rule.
     fn field(&self) -> Option<(&str, String)> {
         match self {

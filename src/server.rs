@@ -27,7 +27,7 @@ use tower::util::MapResponseLayer;
 
 use crate::{
     config::Listen, error, pb::chat_memory_server::ChatMemoryServer, service::Service,
-    store::Store, turn::Turns,
+    store::Store, telemetry, turn::Turns,
 };
 
 /// The descriptors of our proto, for reflection.
@@ -161,6 +161,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
     let mut socket_files = Vec::new();
     for listener in parts.listeners {
         let server = Server::builder()
+            .layer(telemetry::call_log())
             .layer(MapResponseLayer::new(error::complete))
             .max_concurrent_streams(parts.streams_max)
             .http2_keepalive_interval(Some(parts.keepalive))

@@ -12,11 +12,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::{Config, Listen, LogFormat, ModelConfig, Problems, Serve, StoreConfig, VERSION},
+    config::{Config, Listen, ModelConfig, Problems, Serve, StoreConfig, VERSION},
     model::{Model, echo::Echo, provider::Provider, retry::Retry},
     server::{self, Listener, Parts},
     store::{Store, redis::Redis, sqlite::Sqlite},
-    telemetry,
+    telemetry::{self, LogFormat},
     turn::{self, Turns},
 };
 

@@ -1,10 +1,15 @@
 //! Logs. They hold fields, and never message text.
 
-use std::io::IsTerminal as _;
+use std::{io::IsTerminal as _, str::FromStr, time::Duration};
 
+use clap::ValueEnum;
+use http::Request;
+use tower_http::{
+    classify::{GrpcCode, GrpcErrorsAsFailures, GrpcFailureClass, SharedClassifier},
+    trace::{MakeSpan, OnFailure, TraceLayer},
+};
+use tracing::Span;
 use tracing_subscriber::{EnvFilter, filter::ParseError, fmt};
-
-use crate::config::LogFormat;
 
 /// Other crates whose records may quote what they transport. They are never let through.
 const SILENT: [&str; 4] = ["h2", "hyper", "reqwest", "genai"];
@@ -35,4 +40,78 @@ pub fn start(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     // Only a second start fails, and the first one serves as well.
     drop(started);
     Ok(())
+}
+
+/// How to write the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum LogFormat {
+    #[default]
+    Auto,
+    Text,
+    Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        <Self as ValueEnum>::from_str(text, true)
+            .map_err(|_| "must be auto, text or json".to_owned())
+    }
+}
+
+/// Logs calls: those that failed for reasons of the server's at `warn`, all at `debug`.
+pub type CallLog =
+    TraceLayer<SharedClassifier<GrpcErrorsAsFailures>, CallSpan, (), (), (), (), LogFailure>;
+
+/// The layer that logs calls, streams to their end.
+pub fn call_log() -> CallLog {
+    // What the client did wrong, or must expect, is not worth a line each.
+    let expected = [
+        GrpcCode::InvalidArgument,
+        GrpcCode::Aborted,
+        GrpcCode::FailedPrecondition,
+        GrpcCode::ResourceExhausted,
+        GrpcCode::Unimplemented,
+        GrpcCode::Cancelled,
+        GrpcCode::DeadlineExceeded,
+        GrpcCode::NotFound,
+    ];
+    let classifier = expected.into_iter().fold(
+        GrpcErrorsAsFailures::new(),
+        GrpcErrorsAsFailures::with_success,
+    );
+    TraceLayer::new(SharedClassifier::new(classifier))
+        .make_span_with(CallSpan)
+        .on_request(())
+        .on_response(())
+        .on_body_chunk(())
+        .on_eos(())
+        .on_failure(LogFailure)
+}
+
+/// Names the method, and nothing of the request.
+#[derive(Debug, Clone)]
+pub struct CallSpan;
+
+impl<B> MakeSpan<B> for CallSpan {
+    fn make_span(&mut self, request: &Request<B>) -> Span {
+        tracing::debug_span!("call", method = request.uri().path())
+    }
+}
+
+/// Logs a failure by its code: its text is the client's.
+#[derive(Debug, Clone)]
+pub struct LogFailure;
+
+impl OnFailure<GrpcFailureClass> for LogFailure {
+    fn on_failure(&mut self, failure: GrpcFailureClass, took: Duration, _span: &Span) {
+        let took_ms = took.as_millis();
+        match failure {
+            GrpcFailureClass::Code(code) => {
+                tracing::warn!(code = code.get(), took_ms, "a call failed");
+            }
+            GrpcFailureClass::Error(error) => tracing::warn!(error, took_ms, "a call broke off"),
+        }
+    }
 }

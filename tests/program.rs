@@ -10,6 +10,7 @@ use std::{
 
 use harness::{
     program::{Program, command, run},
+    provider::{Provider, Script},
     server::{Client, append, chat, client, contents, get, tcp_channel, tell, unix_channel, user},
     wait,
 };
@@ -355,7 +356,9 @@ async fn no_message_text_reaches_the_log_at_any_level() {
     let directory = tempfile::tempdir().unwrap();
     let database = directory.path().join("x.db");
     let log = directory.path().join("log");
+    let provider = Provider::start().await;
     let mut child = command(["--listen", "127.0.0.1:0", "--log", "trace"])
+        .args(["--model", "m", "--model-url", &provider.url()])
         .args(["--log-format", "json", "--database"])
         .arg(&database)
         .stdout(Stdio::null())
@@ -379,16 +382,35 @@ async fn no_message_text_reaches_the_log_at_any_level() {
         .append(append("s", vec![user("hush-append")]))
         .await
         .unwrap();
-    tell(&mut client, chat("s", "hush-chat")).await;
+    provider.answer(Script::text(["hush-answer"]));
+    assert!(
+        tell(&mut client, chat("s", "hush-chat"))
+            .await
+            .completed
+            .is_some()
+    );
+    // Providers quote what they refuse.
+    provider.answer(Script::refusal(400, "bad", "cannot answer hush-quoted"));
+    provider.answer(Script::begin().say("hush-part").fail("hush-failed"));
+    assert_eq!(
+        tell(&mut client, chat("s", "hush-refused")).await.reason(),
+        "MODEL_REJECTED"
+    );
+    assert_eq!(
+        tell(&mut client, chat("s", "hush-broken")).await.reason(),
+        "MODEL_STREAM_BROKEN"
+    );
     client
-        .append(append("s{", vec![user("hush-refused")]))
+        .append(append("s{", vec![user("hush-invalid")]))
         .await
         .unwrap_err();
     contents(&mut client, "s").await;
     child.kill().unwrap();
     child.wait().unwrap();
     let log = std::fs::read_to_string(&log).unwrap();
-    assert!(log.contains("started"));
+    for part in ["started", "MODEL_REJECTED", "a call failed"] {
+        assert!(log.contains(part), "{part} is missing in:\n{log}");
+    }
     assert!(!log.contains("hush"), "{log}");
 }
 

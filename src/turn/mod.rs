@@ -249,8 +249,8 @@ impl Turn {
             () = abort.cancelled() => Err(Error::ShuttingDown),
         };
         if let Err(error) = &outcome {
-            let turn_id = self.ask.turn_id.as_str();
-            tracing::info!(turn_id, %error, "a turn ended without being stored");
+            // By its reason only: a provider's own words may quote the conversation.
+            tracing::info!(reason = error.reason(), "a turn ended without being stored");
         }
         // A client that has its `completed` may start the next turn at once.
         drop(place);
