@@ -139,8 +139,8 @@ pub struct Serve {
     )]
     redis_ca_file: Option<PathBuf>,
 
-    /// Milliseconds that Redis gets to answer a command (100 to 60000). A call fails after about
-    /// three times that
+    /// Milliseconds that Redis gets to answer a command (100 to 60000). A call fails after at most
+    /// 2 × (1 s + this)
     #[arg(
         long,
         env = "CHAT_MEMORY_REDIS_TIMEOUT_MS",
