@@ -20,11 +20,13 @@ fn readme_path() -> PathBuf {
 fn settle(value: &mut Value) {
     match value {
         Value::Object(fields) => {
+            let sequence = fields.get("sequence").and_then(Value::as_str);
+            let sequence = sequence.unwrap_or_default().to_owned();
             for (name, value) in fields {
                 match (name.as_str(), value.as_str()) {
                     ("createTime", Some(_)) => *value = "2026-01-01T12:00:00.000Z".into(),
                     ("id", Some(id)) if id.starts_with("cm_") => {
-                        *value = "cm_01KDWAYZE06QJ8W2V5B3N9T4RC".into();
+                        *value = format!("cm_01KDWAYZE06QJ8W2V5B3N9T4R{sequence}").into();
                     }
                     ("turnId", Some(id)) if id.len() == 26 => {
                         *value = "01KDWAYZE0C4GX7M1H8S2P6DVB".into();
