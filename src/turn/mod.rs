@@ -1,7 +1,7 @@
 //! A chat turn: history and new messages to the model, its answer to the client, both to the
 //! store. Knows neither gRPC nor which store and which model it has.
 //!
-//! A turn is a task of its own. It writes its [`Event`]s to a [`log`](self::log), from which the
+//! A turn is a task of its own. It writes its [`Event`]s to a [`log`], from which the
 //! client's stream, the [`Follower`], takes them: a slow client holds up neither the model nor the
 //! store, and a client that leaves does not end the turn unless it asked for that.
 //!
