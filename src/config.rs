@@ -44,6 +44,41 @@ Examples:
 
 Every flag has an environment variable, shown beside it; the flag wins.";
 
+const EXPORT_EXAMPLES: &str = "\
+Examples:
+  Everything in the embedded file, also while a server uses it:
+      chat-memory export --database chat-memory.db --output sessions.jsonl
+  The sessions of one user, out of Redis:
+      chat-memory export --redis redis://localhost:6379/0 --session-prefix ann/ --output ann.jsonl
+  From one store to the other:
+      chat-memory export --database chat-memory.db | chat-memory import --redis redis://localhost
+
+An export to a file that was interrupted goes on where it was when the same command is run again.
+A session that grows meanwhile is exported up to where it was when its turn came.
+The exit code is 0 if all is in the file, 1 if not, 2 if the settings are wrong.";
+
+const IMPORT_EXAMPLES: &str = "\
+Examples:
+  Into Redis:
+      chat-memory import --redis redis://localhost:6379/0 --input sessions.jsonl
+  Into the embedded file, which no server may use meanwhile:
+      chat-memory import --database chat-memory.db --input sessions.jsonl
+
+Safe to repeat: what a session holds already is compared, byte for byte, and only the rest is added.
+After an interruption, run the same command again. A session that holds something else is left as it
+is, and named. Messages keep their order and get new sequences, from 1 on in an empty session.
+The exit code is 0 if all is in the store, 1 if not, 2 if the settings are wrong.";
+
+const DOCTOR_EXAMPLES: &str = "\
+Examples:
+  chat-memory doctor --redis redis://localhost:6379/0
+  chat-memory doctor --redis redis://localhost:6379/0 --json | jq '.findings[]'
+
+Only commands that read are sent: SCAN, TYPE, PTTL, LLEN, MEMORY USAGE, LRANGE. No text of messages
+is shown. One message that LangChain cannot read makes its whole session unreadable for LangChain;
+chat-memory reads the others, and hands that one out as bytes.
+The exit code is 0 if all is well, 1 if something was found, 2 if it could not run.";
+
 /// A gRPC memory server for LLM chats: keeps each session's messages in Redis or in one file, and
 /// runs whole chat turns.
 #[derive(Debug, Parser)]
@@ -86,6 +121,56 @@ pub enum Command {
     History(HistoryArgs),
     /// Ask a server whether it is serving: exit code 0 if it is, 1 if not
     Health(HealthArgs),
+    /// Write the sessions of a store to a file or to stdout
+    #[command(after_help = EXPORT_EXAMPLES)]
+    Export(ExportArgs),
+    /// Read sessions into a store, from a file or from stdin
+    #[command(after_help = IMPORT_EXAMPLES)]
+    Import(ImportArgs),
+    /// Look at a LangChain Redis without changing it, and say what is wrong with it
+    #[command(after_help = DOCTOR_EXAMPLES)]
+    Doctor(DoctorArgs),
+}
+
+/// What to export, and where to.
+#[derive(Debug, Clone, Args)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub store: StoreArgs,
+
+    /// Write to this file. To stdout if not given
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+
+    /// Only this session. All if neither this nor --session-prefix is given
+    #[arg(long, value_name = "ID", conflicts_with = "session_prefix")]
+    pub session: Option<String>,
+
+    /// Only sessions whose ids begin with this text
+    #[arg(long, value_name = "TEXT")]
+    pub session_prefix: Option<String>,
+}
+
+/// What to import, and where to.
+#[derive(Debug, Clone, Args)]
+pub struct ImportArgs {
+    #[command(flatten)]
+    pub store: StoreArgs,
+
+    /// Read this file, which `chat-memory export` wrote. Stdin if not given
+    #[arg(long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
+}
+
+/// What to look at.
+#[derive(Debug, Clone, Args)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub redis: RedisArgs,
+
+    /// Print JSON, for other programs
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// The settings of the server, as given. [`Serve::check`] makes [`Config`] of them.
@@ -118,51 +203,8 @@ pub struct Serve {
     #[arg(help_heading = "Network")]
     unix_mode: Given<Octal>,
 
-    /// Keep messages in this Redis: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://` for
-    /// TLS, `redis+unix:///path` for a socket. Without it they are kept in --database. A password
-    /// is better in the variable than in the flag, which other users of the machine can see
-    #[arg(
-        long,
-        env = "CHAT_MEMORY_REDIS",
-        value_name = "URL",
-        hide_env_values = true
-    )]
-    #[arg(help_heading = "Store")]
-    redis: Option<Secret>,
-
-    /// Trust the certificates in this PEM file, besides the system's, when connecting to Redis
-    #[arg(
-        long,
-        env = "CHAT_MEMORY_REDIS_CA_FILE",
-        value_name = "FILE",
-        help_heading = "Store"
-    )]
-    redis_ca_file: Option<PathBuf>,
-
-    /// Milliseconds that Redis gets to answer a command (100 to 60000). A call fails after at most
-    /// 2 × (1 s + this)
-    #[arg(
-        long,
-        env = "CHAT_MEMORY_REDIS_TIMEOUT_MS",
-        value_name = "MS",
-        default_value = "2000"
-    )]
-    #[arg(help_heading = "Store")]
-    redis_timeout_ms: Given<u64>,
-
-    /// Keep messages in this file if there is no --redis [default: chat-memory.db]
-    #[arg(
-        long,
-        env = "CHAT_MEMORY_DATABASE",
-        value_name = "FILE",
-        help_heading = "Store"
-    )]
-    database: Option<PathBuf>,
-
-    /// What comes before the session id in a key. The default is LangChain's
-    #[arg(long, env = "CHAT_MEMORY_KEY_PREFIX", value_name = "TEXT")]
-    #[arg(default_value = "message_store:", help_heading = "Store")]
-    key_prefix: String,
+    #[command(flatten)]
+    store: StoreArgs,
 
     /// The model that answers, by its provider's name, such as `gpt-5-mini`, `claude-sonnet-4-5`,
     /// `gemini-2.5-flash`, or `PROVIDER::NAME`. Its key comes from the provider's usual variable.
@@ -313,6 +355,133 @@ pub struct Serve {
     log: String,
 }
 
+/// Which Redis. The same flags in every command that uses one.
+#[derive(Debug, Clone, Args)]
+pub struct RedisArgs {
+    /// The Redis that keeps the messages: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://`
+    /// for TLS, `redis+unix:///path` for a socket. A password is better in the variable than in
+    /// the flag, which other users of the machine can see
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_REDIS",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    #[arg(help_heading = "Store")]
+    redis: Option<Secret>,
+
+    /// Trust the certificates in this PEM file, besides the system's, when connecting to Redis
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_REDIS_CA_FILE",
+        value_name = "FILE",
+        help_heading = "Store"
+    )]
+    redis_ca_file: Option<PathBuf>,
+
+    /// Milliseconds that Redis gets to answer a command (100 to 60000). A call fails after at most
+    /// 2 × (1 s + this)
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_REDIS_TIMEOUT_MS",
+        value_name = "MS",
+        default_value = "2000"
+    )]
+    #[arg(help_heading = "Store")]
+    redis_timeout_ms: Given<u64>,
+
+    /// What comes before the session id in a key. The default is LangChain's
+    #[arg(long, env = "CHAT_MEMORY_KEY_PREFIX", value_name = "TEXT")]
+    #[arg(default_value = "message_store:", help_heading = "Store")]
+    key_prefix: String,
+}
+
+/// Where messages are kept. The same flags in every command that opens a store.
+#[derive(Debug, Clone, Args)]
+pub struct StoreArgs {
+    #[command(flatten)]
+    redis: RedisArgs,
+
+    /// The file that keeps the messages if there is no --redis [default: chat-memory.db]
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_DATABASE",
+        value_name = "FILE",
+        help_heading = "Store"
+    )]
+    database: Option<PathBuf>,
+}
+
+impl RedisArgs {
+    /// What [`Command::Doctor`] needs: there must be a Redis.
+    pub fn check(&self) -> Result<redis::Settings, Problems> {
+        let mut problems = Problems(Vec::new());
+        let settings = self.check_into(&mut problems);
+        if settings.is_none() {
+            problems.add("--redis: is required".to_owned());
+        }
+        match settings {
+            Some(settings) if problems.0.is_empty() => Ok(settings),
+            _ => Err(problems),
+        }
+    }
+
+    /// The settings, if a Redis is named.
+    fn check_into(&self, problems: &mut Problems) -> Option<redis::Settings> {
+        let timeout_ms = problems.take("--redis-timeout-ms", &self.redis_timeout_ms, 100..=60_000);
+        if let Err(violation) = check_name("--key-prefix", &self.key_prefix, NAME_BYTES_MAX) {
+            problems.add(violation.to_string());
+        } else if self.key_prefix.contains(['{', '}']) {
+            problems.add("--key-prefix: must not contain `{` or `}`".to_owned());
+        }
+        let Some(url) = &self.redis else {
+            if self.redis_ca_file.is_some() {
+                problems.add("--redis-ca-file: needs --redis".to_owned());
+            }
+            return None;
+        };
+        let settings = redis::Settings {
+            key_prefix: self.key_prefix.clone(),
+            timeout_ms,
+            ca_file: self.redis_ca_file.clone(),
+            ..redis::Settings::new(url.clone())
+        };
+        // Told above, in the flag's own words.
+        match settings.check() {
+            Ok(()) | Err(redis::InvalidSettings::KeyPrefix | redis::InvalidSettings::Timeout) => {}
+            Err(error) => problems.add(format!("--redis: {error}")),
+        }
+        Some(settings)
+    }
+}
+
+impl StoreArgs {
+    /// Which store, and what its keys begin with.
+    pub fn check(&self) -> Result<(StoreConfig, String), Problems> {
+        let mut problems = Problems(Vec::new());
+        let store = self.check_into(&mut problems);
+        if problems.0.is_empty() {
+            Ok((store, self.redis.key_prefix.clone()))
+        } else {
+            Err(problems)
+        }
+    }
+
+    fn check_into(&self, problems: &mut Problems) -> StoreConfig {
+        let Some(settings) = self.redis.check_into(problems) else {
+            let default = || PathBuf::from("chat-memory.db");
+            return StoreConfig::Embedded {
+                path: self.database.clone().unwrap_or_else(default),
+            };
+        };
+        if self.database.is_some() {
+            problems
+                .add("--redis and --database: there is one store, choose one of them".to_owned());
+        }
+        StoreConfig::Redis(settings)
+    }
+}
+
 /// The settings of the server, checked.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -367,6 +536,8 @@ impl fmt::Debug for ModelConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problems(pub Vec<String>);
 
+impl std::error::Error for Problems {}
+
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for problem in &self.0 {
@@ -382,14 +553,8 @@ impl Serve {
         let mut problems = Problems(Vec::new());
         let listen = self.check_listen(&mut problems);
         let unix_mode = problems.take("--unix-mode", &self.unix_mode, Octal(0)..=Octal(0o777));
-        let timeout_ms = problems.take("--redis-timeout-ms", &self.redis_timeout_ms, 100..=60_000);
-        let store = self.check_store(&mut problems, timeout_ms);
+        let store = self.store.check_into(&mut problems);
         let model = self.check_model(&mut problems);
-        if let Err(violation) = check_name("--key-prefix", &self.key_prefix, NAME_BYTES_MAX) {
-            problems.add(violation.to_string());
-        } else if self.key_prefix.contains(['{', '}']) {
-            problems.add("--key-prefix: must not contain `{` or `}`".to_owned());
-        }
         if let Err(error) = telemetry::parse_filter(&self.log) {
             problems.add(format!("--log: {error}"));
         }
@@ -398,7 +563,7 @@ impl Serve {
             listen,
             unix_mode: unix_mode.0,
             store,
-            key_prefix: self.key_prefix.clone(),
+            key_prefix: self.store.redis.key_prefix.clone(),
             model,
             history_messages: problems.take(
                 "--history-messages",
@@ -445,32 +610,6 @@ impl Serve {
             addresses.push(address.clone());
         }
         addresses
-    }
-
-    fn check_store(&self, problems: &mut Problems, timeout_ms: u64) -> StoreConfig {
-        let Some(url) = &self.redis else {
-            if self.redis_ca_file.is_some() {
-                problems.add("--redis-ca-file: needs --redis".to_owned());
-            }
-            let default = || PathBuf::from("chat-memory.db");
-            return StoreConfig::Embedded {
-                path: self.database.clone().unwrap_or_else(default),
-            };
-        };
-        if self.database.is_some() {
-            problems
-                .add("--redis and --database: there is one store, choose one of them".to_owned());
-        }
-        let settings = redis::Settings {
-            key_prefix: self.key_prefix.clone(),
-            timeout_ms,
-            ca_file: self.redis_ca_file.clone(),
-            ..redis::Settings::new(url.clone())
-        };
-        if let Err(error) = settings.check() {
-            problems.add(format!("--redis: {error}"));
-        }
-        StoreConfig::Redis(settings)
     }
 
     fn check_model(&self, problems: &mut Problems) -> ModelConfig {

@@ -4,10 +4,12 @@
 
 pub mod cli;
 pub mod config;
+pub mod doctor;
 pub mod error;
 pub mod langchain;
 pub mod message;
 pub mod model;
+pub mod moving;
 pub mod secret;
 pub mod server;
 pub mod service;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use chat_memory::{
     cli,
     config::{Cli, Command},
-    start,
+    doctor, moving, start,
 };
 
 fn main() -> ExitCode {
@@ -16,5 +16,8 @@ fn main() -> ExitCode {
         Some(Command::Chat(args)) => start::client(cli::chat::run(args)),
         Some(Command::History(args)) => start::client(cli::history::run(args)),
         Some(Command::Health(args)) => start::client(cli::health::run(args)),
+        Some(Command::Export(args)) => start::tool(moving::exit_code(moving::export::run(&args))),
+        Some(Command::Import(args)) => start::tool(moving::exit_code(moving::import::run(&args))),
+        Some(Command::Doctor(args)) => start::tool(doctor::run(&args)),
     }
 }

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The exit code for settings that cannot work, as clap has it.
-const EXIT_USAGE: u8 = 2;
+pub const EXIT_USAGE: u8 = 2;
 
 /// How long what is left on the runtime gets once the server has drained.
 const RUNTIME_LIMIT: Duration = Duration::from_millis(200);
@@ -76,6 +76,23 @@ pub fn client(work: impl Future<Output = ExitCode>) -> ExitCode {
         Err(error) => {
             eprintln!("error: cannot run: {error}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a command that works on a store itself.
+pub fn tool(work: impl Future<Output = ExitCode>) -> ExitCode {
+    // A thread beside the command's own: while that waits for its input or output, the connection
+    // to the store is looked after.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(work),
+        Err(error) => {
+            eprintln!("error: cannot run: {error}");
+            ExitCode::from(EXIT_USAGE)
         }
     }
 }

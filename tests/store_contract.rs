@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use chat_memory::message::SessionId;
 use chat_memory::store::{
-    Append, Body, ELEMENT_BYTES_MAX, Epoch, Error, Order, Page, Read, Sequence, Store,
+    Append, Body, ELEMENT_BYTES_MAX, Epoch, Error, List, Order, Page, Read, Sequence, Store,
 };
 use futures_util::future::join_all;
 use harness::stores::{
@@ -712,6 +712,143 @@ async fn a_restart_keeps_the_memory_of_a_clear(backend: &mut impl Backend, s: Se
     assert_eq!(appended.first_sequence, 4);
 }
 
+// Listing.
+
+/// All sessions whose ids begin with this, sorted; each once.
+async fn listed(store: &dyn Store, prefix: &str, limit: usize) -> Vec<String> {
+    let mut names = std::collections::BTreeSet::new();
+    let mut cursor = None;
+    loop {
+        let list = List {
+            prefix: prefix.to_owned(),
+            cursor,
+            limit,
+        };
+        let page = store.sessions(list).await.unwrap();
+        names.extend(page.sessions.iter().map(|session| session.to_string()));
+        cursor = page.next;
+        if cursor.is_none() {
+            return names.into_iter().collect();
+        }
+    }
+}
+
+async fn a_listing_holds_every_session_whatever_the_size_of_its_pages(store: Shared, s: SessionId) {
+    let mut expected: Vec<_> = (0..57).map(|number| format!("{s}/{number}")).collect();
+    expected.sort();
+    for name in &expected {
+        fill(&*store, &session(name), 1).await;
+    }
+    fill(&*store, &session("another"), 1).await;
+    for limit in [1, 2, 7, 56, 57, 58, 1000] {
+        let names = listed(&*store, &format!("{s}/"), limit).await;
+        assert_eq!(names, expected, "{limit}");
+        assert_eq!(listed(&*store, "", limit).await.len(), 58);
+    }
+}
+
+async fn a_prefix_is_a_text_and_no_pattern(store: Shared, s: SessionId) {
+    let marks = [
+        "*", "?", "[a-z]", "]", "[^x]", "\\", "\\*", "%", "_", "a", "A", "ä", "会", "🎉", "-", "^",
+    ];
+    for mark in marks {
+        fill(&*store, &session(&format!("{s}{mark}1")), 1).await;
+    }
+    for mark in marks {
+        let prefix = format!("{s}{mark}");
+        let mut expected: Vec<_> = marks
+            .iter()
+            .filter(|other| other.starts_with(mark))
+            .map(|other| format!("{s}{other}1"))
+            .collect();
+        expected.sort();
+        assert_eq!(listed(&*store, &prefix, 3).await, expected, "{mark}");
+    }
+    assert!(listed(&*store, "no such session", 3).await.is_empty());
+}
+
+async fn a_cleared_session_is_not_listed_until_it_is_filled_again(store: Shared, s: SessionId) {
+    fill(&*store, &s, 2).await;
+    store.clear(&s).await.unwrap();
+    assert!(listed(&*store, s.as_str(), 10).await.is_empty());
+    fill(&*store, &s, 1).await;
+    assert_eq!(listed(&*store, s.as_str(), 10).await, [s.to_string()]);
+}
+
+async fn a_session_that_stays_is_listed_while_others_come_and_go(store: Shared, s: SessionId) {
+    let mut steady: Vec<_> = (0..40)
+        .map(|number| format!("{s} steady {number}"))
+        .collect();
+    steady.sort();
+    for name in &steady {
+        fill(&*store, &session(name), 1).await;
+    }
+    let mut names = std::collections::BTreeSet::new();
+    let mut cursor = None;
+    for number in 0.. {
+        let come = session(&format!("{s} {number}"));
+        fill(&*store, &come, 1).await;
+        if number % 2 == 0 {
+            store.clear(&come).await.unwrap();
+        }
+        let list = List {
+            prefix: format!("{s} steady"),
+            cursor,
+            limit: 3,
+        };
+        let page = store.sessions(list).await.unwrap();
+        names.extend(page.sessions.iter().map(|session| session.to_string()));
+        cursor = page.next;
+        if cursor.is_none() {
+            break;
+        }
+    }
+    assert_eq!(names.into_iter().collect::<Vec<_>>(), steady);
+}
+
+async fn a_listing_begun_before_a_restart_ends_after_it(backend: &mut impl Backend, s: SessionId) {
+    let store = backend.store();
+    let mut expected: Vec<_> = (0..40).map(|number| format!("{s}/{number}")).collect();
+    expected.sort();
+    for name in &expected {
+        fill(&*store, &session(name), 1).await;
+    }
+    let list = |cursor| List {
+        prefix: String::new(),
+        cursor,
+        limit: 5,
+    };
+    let mut page = store.sessions(list(None)).await.unwrap();
+    let mut names: std::collections::BTreeSet<_> = page.sessions.into_iter().collect();
+    drop(store);
+
+    backend.restart().await;
+    let store = backend.store();
+    while let Some(cursor) = page.next {
+        page = store.sessions(list(Some(cursor))).await.unwrap();
+        names.extend(page.sessions);
+    }
+    let names: Vec<_> = names.iter().map(SessionId::to_string).collect();
+    assert_eq!(names, expected);
+}
+
+async fn an_expiry_is_kept_or_refused_but_never_changed(store: Shared, s: SessionId) {
+    let at_ms = chat_memory::message::now_ms() + 3_600_000;
+    assert!(!store.expire(&s, at_ms).await.unwrap(), "nothing is there");
+    fill(&*store, &s, 2).await;
+    assert_eq!(store.expiry(&s).await, Ok(None));
+    if store.expire(&s, at_ms).await.unwrap() {
+        let expiry = store.expiry(&s).await.unwrap().unwrap();
+        assert!(expiry.abs_diff(at_ms) < 10_000, "{expiry} is not {at_ms}");
+        assert!(!store.expire(&s, at_ms * 2).await.unwrap());
+        let second = store.expiry(&s).await.unwrap().unwrap();
+        assert!(second.abs_diff(at_ms) < 10_000, "{second} is not {at_ms}");
+    } else {
+        assert_eq!(store.expiry(&s).await, Ok(None));
+    }
+    assert_eq!(read_all(&*store, &s).await.elements.len(), 2);
+}
+
 // The tests.
 
 async fn is_reachable_and_describes_itself(store: Shared, _: SessionId) {
@@ -755,12 +892,18 @@ macro_rules! contract {
                 ranges_may_be_empty_or_reach_beyond,
                 a_page_stops_at_its_bytes,
                 what_is_too_large_comes_as_its_size,
+                a_listing_holds_every_session_whatever_the_size_of_its_pages,
+                a_prefix_is_a_text_and_no_pattern,
+                a_cleared_session_is_not_listed_until_it_is_filled_again,
+                a_session_that_stays_is_listed_while_others_come_and_go,
+                an_expiry_is_kept_or_refused_but_never_changed,
                 is_reachable_and_describes_itself,
             }
 
             restart_rules! { $backend:
                 a_restart_keeps_everything,
                 a_restart_keeps_the_memory_of_a_clear,
+                a_listing_begun_before_a_restart_ends_after_it,
             }
         }
     };

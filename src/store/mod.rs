@@ -75,6 +75,23 @@ pub trait Store: Send + Sync + 'static {
     /// Deletes everything kept on a session but its last sequence; says how many elements went.
     async fn clear(&self, session: &SessionId) -> Result<i64>;
 
+    /// Lists sessions that hold elements, in no particular order. A session that is there during the
+    /// whole walk, from the first page to the one without [`SessionsPage::next`], comes at least
+    /// once; others may come or not.
+    ///
+    /// The cost of one call is bounded, also where few names match: a page may be empty and still
+    /// not be the last. A cursor that means nothing to the store any more (Redis was restarted)
+    /// begins a new walk.
+    async fn sessions(&self, list: List) -> Result<SessionsPage>;
+
+    /// When the session will be gone by itself; `None` if it will not, or if the store knows no
+    /// expiry.
+    async fn expiry(&self, session: &SessionId) -> Result<Option<UnixMillis>>;
+
+    /// Lets a session that has elements and no expiry expire at that time. Says whether it does
+    /// now: an expiry that somebody else has set stands, and a store may know none.
+    async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool>;
+
     /// Whether the store can be reached, and its changes.
     fn reachable(&self) -> watch::Receiver<bool>;
 
@@ -182,6 +199,32 @@ pub struct Page {
     pub last_sequence: Sequence,
     /// The session's epoch.
     pub epoch: Epoch,
+}
+
+/// Which sessions to list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct List {
+    /// What the session ids begin with; empty for all.
+    pub prefix: String,
+    /// [`SessionsPage::next`] of the page before; `None` for the first page.
+    pub cursor: Option<Cursor>,
+    /// About so many names are looked at, and at most a few more returned.
+    pub limit: usize,
+}
+
+/// Where a listing goes on. Only the store that gave it knows what it means; it stays good over a
+/// restart of this program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cursor(pub String);
+
+/// A part of the sessions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionsPage {
+    pub sessions: Vec<SessionId>,
+    /// Lists among the names looked at that cannot be sessions, because of their names.
+    pub unusable: usize,
+    /// `None` if this was the last page.
+    pub next: Option<Cursor>,
 }
 
 /// A stored element.

@@ -144,16 +144,17 @@ impl Target {
             let _ends = ends;
             driver.await;
         });
-        let live = Live {
-            connection: connection.clone(),
-            broken,
-            _driver: Arc::new(AbortOnDropHandle::new(driver)),
-        };
-
+        // Held from here on: whoever gives this attempt up ends the driver with it.
+        let driver = Arc::new(AbortOnDropHandle::new(driver));
         ping(&mut connection).await?;
         let info = info(&mut connection).await?;
         check_info(&info)?;
-        Ok(live)
+        Ok(Live {
+            connection,
+            broken,
+            run_id: value_of(&info, "run_id").unwrap_or_default().into(),
+            _driver: driver,
+        })
     }
 
     async fn dial(&self) -> std::io::Result<Box<dyn Stream>> {
@@ -249,14 +250,15 @@ async fn info(connection: &mut MultiplexedConnection) -> Result<String, String> 
     Ok(text)
 }
 
+fn value_of<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+}
+
 /// Whether this Redis will do.
 fn check_info(info: &str) -> Result<(), String> {
-    let value_of = |name: &str| {
-        info.lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-    };
     // Valkey says `redis_version:7.2.4`, too.
-    if let Some(version) = value_of("redis_version") {
+    if let Some(version) = value_of(info, "redis_version") {
         let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
         let found: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
         if found < VERSION_MIN {
@@ -267,7 +269,7 @@ fn check_info(info: &str) -> Result<(), String> {
         }
     }
     // After a failover, the address may lead to the old master for a while.
-    if value_of("role") == Some("slave") {
+    if value_of(info, "role") == Some("slave") {
         return Err("this Redis is a replica, which cannot be written to".to_owned());
     }
     Ok(())
@@ -292,6 +294,8 @@ struct Live {
     connection: MultiplexedConnection,
     /// Cancelled when it turns out not to work any more, by whoever notices first.
     broken: CancellationToken,
+    /// Names this run of Redis: another one after each restart. Empty if it is not told.
+    run_id: Arc<str>,
     _driver: Arc<AbortOnDropHandle<()>>,
 }
 
@@ -369,9 +373,18 @@ impl Connection {
     pub(super) async fn run(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
         let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
         let mut connection = live.connection.clone();
-        let answer = script.invoke_async::<Value>(&mut connection);
         // The answer includes loading the script, if Redis does not have it. NOSCRIPT means that
         // nothing was run, so that running it again after that is safe.
+        self.settle(&live, script.invoke_async::<Value>(&mut connection))
+            .await
+    }
+
+    /// Waits for an answer, and gives the connection up if it does not come.
+    async fn settle<T>(
+        &self,
+        live: &Live,
+        answer: impl Future<Output = redis::RedisResult<T>>,
+    ) -> Result<T, Failure> {
         match time::timeout(self.timeout, answer).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) if matches!(error.kind(), ErrorKind::Io | ErrorKind::Parse) => {
@@ -391,6 +404,27 @@ impl Connection {
                 live.broken.cancel();
                 let limit_ms = self.timeout.as_millis();
                 Err(Failure::NoAnswer(format!("no answer in {limit_ms} ms")))
+            }
+        }
+    }
+
+    /// Runs plain commands that only read; twice, like a script, if the answer does not come. Says
+    /// also which run of Redis answered.
+    pub(super) async fn query(
+        &self,
+        commands: &redis::Pipeline,
+    ) -> Result<(Vec<Value>, Arc<str>), Failure> {
+        let mut is_second = false;
+        loop {
+            let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
+            let mut connection = live.connection.clone();
+            let answer = self
+                .settle(&live, commands.query_async(&mut connection))
+                .await;
+            match answer {
+                Ok(values) => return Ok((values, live.run_id)),
+                Err(Failure::NoAnswer(_)) if !is_second => is_second = true,
+                Err(failure) => return Err(failure),
             }
         }
     }
@@ -457,6 +491,7 @@ async fn watch_over(live: Live) -> String {
         mut connection,
         broken,
         _driver,
+        ..
     } = live;
     let pings = async {
         let mut ticks = time::interval(PING_EVERY);

@@ -34,12 +34,26 @@ impl Keys {
     }
 }
 
+/// The pattern of SCAN that matches what begins with this text, whatever is in it.
+pub(super) fn pattern(prefix: &str) -> String {
+    let mut pattern = String::with_capacity(prefix.len() + 1);
+    for character in prefix.chars() {
+        if matches!(character, '*' | '?' | '[' | ']' | '^' | '-' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(character);
+    }
+    pattern.push('*');
+    pattern
+}
+
 /// The scripts, each with its prelude.
 pub(super) struct Scripts {
     pub(super) append: Script,
     pub(super) recall: Script,
     pub(super) read: Script,
     pub(super) clear: Script,
+    pub(super) expire: Script,
 }
 
 impl Scripts {
@@ -59,6 +73,7 @@ impl Scripts {
             recall: script(include_str!("scripts/recall.lua")),
             read: script(include_str!("scripts/read.lua")),
             clear: script(include_str!("scripts/clear.lua")),
+            expire: script(include_str!("scripts/expire.lua")),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! - `scripts/*.lua`: what is kept and what each call does; begin with `common.lua`
 //! - [`layout`]: the names of the keys
 //! - [`connection`]: how Redis is reached, and what happens when it is not
+//! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,15 +15,16 @@ use redis::{RedisError, ScriptInvocation, Value};
 use tokio::sync::watch;
 
 use self::connection::{Connection, Failure, Target, explain};
-use self::layout::{Keys, Scripts};
+use self::layout::{Keys, Scripts, pattern};
 use super::{
-    Append, Appended, Body, ELEMENT_BYTES_MAX, Element, Epoch, Error, Order, Page, Read,
-    RequestKey, Result, Sequence, Store,
+    Append, Appended, Body, Cursor, ELEMENT_BYTES_MAX, Element, Epoch, Error, List, Order, Page,
+    Read, RequestKey, Result, Sequence, SessionsPage, Store,
 };
-use crate::message::SessionId;
+use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::secret::Secret;
 
 mod connection;
+pub mod inspect;
 mod layout;
 
 /// LangChain's prefix of keys.
@@ -240,6 +242,71 @@ impl Store for Redis {
         let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
         match reply.word.as_str() {
             "cleared" => reply.number(),
+            _ => Err(reply.refusal()),
+        }
+    }
+
+    /// One SCAN. The cursor is Redis' own, with the run of Redis that it belongs to: another run
+    /// walks in another order.
+    async fn sessions(&self, list: List) -> Result<SessionsPage> {
+        let cursor = list.cursor.unwrap_or(Cursor(String::new()));
+        let (run_id, mut position) = cursor.0.split_once('/').unwrap_or(("", "0"));
+        let pattern = pattern(&format!("{}{}", self.key_prefix, list.prefix));
+        loop {
+            let mut commands = redis::pipe();
+            commands
+                .cmd("SCAN")
+                .arg(position)
+                .arg("MATCH")
+                .arg(&pattern)
+                .arg("COUNT")
+                .arg(list.limit.max(1))
+                .arg("TYPE")
+                .arg("list");
+            let answer = self.connection.query(&commands).await;
+            let (values, answered_by) = answer.map_err(failure_of_read)?;
+            if position != "0" && *answered_by != *run_id {
+                position = "0";
+                continue;
+            }
+            let (next, keys) = inspect::parse_scan(values.into_iter().next().unwrap_or_default())?;
+            let mut page = SessionsPage {
+                sessions: Vec::with_capacity(keys.len()),
+                unusable: 0,
+                next: (next != "0").then(|| Cursor(format!("{answered_by}/{next}"))),
+            };
+            for key in keys {
+                let id = key.get(self.key_prefix.len()..).unwrap_or_default();
+                let id = String::from_utf8(id.to_vec()).ok();
+                match id.and_then(|id| SessionId::parse(id).ok()) {
+                    Some(session) => page.sessions.push(session),
+                    None => page.unusable += 1,
+                }
+            }
+            return Ok(page);
+        }
+    }
+
+    async fn expiry(&self, session: &SessionId) -> Result<Option<UnixMillis>> {
+        let mut commands = redis::pipe();
+        let keys = Keys::new(&self.key_prefix, session);
+        commands.cmd("PTTL").arg(keys.in_order()[0]);
+        let answer = self.connection.query(&commands).await;
+        let (values, _) = answer.map_err(failure_of_read)?;
+        match values.first() {
+            Some(Value::Int(left)) if *left >= 0 => Ok(Some(now_ms() + left)),
+            Some(Value::Int(_)) => Ok(None),
+            other => Err(unexpected(other.unwrap_or(&Value::Nil))),
+        }
+    }
+
+    async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool> {
+        let mut script = self.invocation(&self.scripts.expire, session);
+        script.arg(at_ms);
+        let answer = self.connection.run_repeatable(&script).await;
+        let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
+        match reply.word.as_str() {
+            "expires" => Ok(reply.number()? == 1),
             _ => Err(reply.refusal()),
         }
     }

@@ -16,7 +16,9 @@ use rusqlite::Connection;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
-use super::{Append, Appended, Error, Page, Read, RequestKey, Result, Store};
+use super::{
+    Append, Appended, Cursor, Error, List, Page, Read, RequestKey, Result, SessionsPage, Store,
+};
 use crate::message::{SessionId, UnixMillis, now_ms};
 use open::Held;
 use writer::{Claim, Job, Task, Work, Writer};
@@ -70,7 +72,7 @@ impl Default for Options {
 /// blocks for as long as it takes.
 pub struct Sqlite {
     shared: Arc<Shared>,
-    /// To the writing thread, which ends when this is dropped.
+    /// To the writing thread, which ends when this is dropped. `None` if there is none.
     jobs: Option<mpsc::UnboundedSender<Box<dyn Job>>>,
     /// Room in the queue, in bytes.
     room: Arc<Semaphore>,
@@ -102,7 +104,10 @@ impl Shared {
     }
 
     fn stopped(&self) -> Error {
-        let reason = self.stopped.get().map_or("closed", String::as_str);
+        let reason = self
+            .stopped
+            .get()
+            .map_or("closed, or open for reading only", String::as_str);
         Error::Unavailable(format!("the embedded store has stopped: {reason}"))
     }
 
@@ -136,6 +141,30 @@ impl Sqlite {
     /// does in Redis: stores with different prefixes can follow each other in one file.
     pub fn open(path: &Path, key_prefix: &str) -> std::result::Result<Self, OpenError> {
         Self::open_with(path, key_prefix, Options::default())
+    }
+
+    /// Opens a file to read it only, whether or not a server uses it at the same time. Every write
+    /// fails.
+    pub fn open_reader(path: &Path, key_prefix: &str) -> std::result::Result<Self, OpenError> {
+        let options = Options::default();
+        let (held, reader) = open::open_shared(path)?;
+        let shared = Arc::new(Shared {
+            readers: Mutex::new(vec![reader]),
+            reachable: watch::Sender::new(true),
+            stopped: OnceLock::new(),
+            clock: options.clock,
+            commits: AtomicU64::new(0),
+            held,
+        });
+        Ok(Self {
+            shared,
+            jobs: None,
+            room: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
+            turns: Arc::new(Semaphore::new(READERS_MAX)),
+            writer: None,
+            key_prefix: key_prefix.to_owned(),
+            call_time_max: options.call_time_max,
+        })
     }
 
     /// Opens the file, or creates it, with other settings than the default ones.
@@ -313,6 +342,52 @@ impl Store for Sqlite {
         let key = self.key(session);
         self.write(0, move |db, now_ms| tables::clear(db, &key, now_ms))
             .await
+    }
+
+    /// In the order of the names. The cursor is the key that comes next.
+    async fn sessions(&self, list: List) -> Result<SessionsPage> {
+        let prefix = format!("{}{}", self.key_prefix, list.prefix);
+        let from = list
+            .cursor
+            .map_or_else(|| prefix.clone(), |cursor| cursor.0);
+        let limit = list.limit.max(1);
+        let rows = self
+            .query(move |db| tables::sessions(db, &from, limit))
+            .await?;
+
+        let mut page = SessionsPage {
+            sessions: Vec::new(),
+            unusable: 0,
+            next: None,
+        };
+        if rows.len() == limit
+            && let Some((last, _)) = rows.last()
+        {
+            // Nothing stands between a text and the same text with this behind it.
+            page.next = Some(Cursor(format!("{last}\0")));
+        }
+        for (key, has_messages) in rows {
+            // The keys that begin with the prefix stand together.
+            if !key.starts_with(&prefix) {
+                page.next = None;
+                break;
+            }
+            if has_messages {
+                match SessionId::parse(&key[self.key_prefix.len()..]) {
+                    Ok(session) => page.sessions.push(session),
+                    Err(_) => page.unusable += 1,
+                }
+            }
+        }
+        Ok(page)
+    }
+
+    async fn expiry(&self, _session: &SessionId) -> Result<Option<UnixMillis>> {
+        Ok(None)
+    }
+
+    async fn expire(&self, _session: &SessionId, _at_ms: UnixMillis) -> Result<bool> {
+        Ok(false)
     }
 
     /// False once the writing thread had to stop: the file was moved away, or a defect. A full or

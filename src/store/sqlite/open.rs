@@ -21,6 +21,9 @@ pub enum OpenError {
     #[error("the directory {0} does not exist: create it, or name another file")]
     DirectoryMissing(PathBuf),
 
+    #[error("there is no file {0}")]
+    Missing(PathBuf),
+
     #[error("{0} is a directory: name a file in it")]
     IsDirectory(PathBuf),
 
@@ -62,7 +65,8 @@ pub enum OpenError {
 pub struct Held {
     /// Absolute, symbolic links resolved.
     pub path: PathBuf,
-    lock: File,
+    /// `None` if the file is only read, beside whoever holds it.
+    lock: Option<File>,
 }
 
 impl Held {
@@ -81,7 +85,10 @@ impl Held {
         };
 
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path, lock }),
+            Ok(()) => Ok(Self {
+                path,
+                lock: Some(lock),
+            }),
             Err(TryLockError::WouldBlock) => {
                 // It may be this very process that holds the file. Closing this descriptor would
                 // drop the other store's `fcntl` locks, as told above; so it stays open.
@@ -106,8 +113,9 @@ impl Held {
             let path = &self.path;
             #[cfg(not(target_os = "linux"))]
             let path = &lock_path(&self.path);
-            match (std::fs::metadata(path), self.lock.metadata()) {
-                (Ok(named), Ok(held)) => identity(named) == identity(held),
+            let held = self.lock.as_ref().map(File::metadata);
+            match (std::fs::metadata(path), held) {
+                (Ok(named), Some(Ok(held))) => identity(named) == identity(held),
                 _ => false,
             }
         }
@@ -167,6 +175,57 @@ pub fn open_writer(held: &Held, size_bytes_max: Option<u64>) -> Result<Connectio
     })
 }
 
+/// Opens a file that is there, without taking it: to read beside a server that holds it.
+pub fn open_shared(path: &Path) -> Result<(Held, Connection), OpenError> {
+    // The file is not opened here but by SQLite alone, for the reason told at `Held`.
+    let path = path.canonicalize().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => OpenError::Missing(path.to_owned()),
+        _ => from_io(path, &error),
+    })?;
+    if path.is_dir() {
+        return Err(OpenError::IsDirectory(path));
+    }
+    let held = Held { path, lock: None };
+    let opened = open_reader(&held).map_err(Failure::Sqlite);
+    let checked = opened.and_then(|db| {
+        let found = check_owner(&db, &held.path)?;
+        if found == 0 {
+            return Err(Failure::Refused(OpenError::Missing(held.path.clone())));
+        }
+        Ok(db)
+    });
+    match checked {
+        Ok(db) => Ok((held, db)),
+        Err(Failure::Refused(error)) => Err(error),
+        Err(Failure::Sqlite(error)) => Err(from_sqlite(&held.path, &error)),
+    }
+}
+
+/// Whether the file is ours, or empty, and of a version that this program knows. Returns its
+/// version; 0 if it is empty. Writes nothing.
+fn check_owner(db: &Connection, path: &Path) -> Result<i64, Failure> {
+    let number = |sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0));
+    let application_id = number("PRAGMA application_id")?;
+    let is_empty = number("SELECT count(*) FROM sqlite_schema")? == 0;
+    let is_new = application_id == 0 && is_empty;
+    if application_id != i64::from(APPLICATION_ID) && !is_new {
+        return Err(Failure::Refused(OpenError::Foreign {
+            path: path.to_owned(),
+            reason: "another program's tables are in it".to_owned(),
+        }));
+    }
+    let known = MIGRATIONS.len() as i64;
+    let found = number("PRAGMA user_version")?;
+    if !(0..=known).contains(&found) {
+        return Err(Failure::Refused(OpenError::Newer {
+            path: path.to_owned(),
+            found,
+            known,
+        }));
+    }
+    Ok(found)
+}
+
 enum Failure {
     Refused(OpenError),
     Sqlite(rusqlite::Error),
@@ -184,25 +243,7 @@ fn open_and_migrate(path: &Path, size_bytes_max: Option<u64>) -> Result<Connecti
     configure(&db)?;
 
     // Nothing is written before the file is known to be ours.
-    let number = |db: &Connection, sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0));
-    let application_id = number(&db, "PRAGMA application_id")?;
-    let is_empty = number(&db, "SELECT count(*) FROM sqlite_schema")? == 0;
-    let is_new = application_id == 0 && is_empty;
-    if application_id != i64::from(APPLICATION_ID) && !is_new {
-        return Err(Failure::Refused(OpenError::Foreign {
-            path: path.to_owned(),
-            reason: "another program's tables are in it".to_owned(),
-        }));
-    }
-    let known = MIGRATIONS.len() as i64;
-    let found = number(&db, "PRAGMA user_version")?;
-    if !(0..=known).contains(&found) {
-        return Err(Failure::Refused(OpenError::Newer {
-            path: path.to_owned(),
-            found,
-            known,
-        }));
-    }
+    let found = check_owner(&db, path)?;
 
     let mode: String = db.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
     if mode != "wal" {
@@ -221,7 +262,7 @@ fn open_and_migrate(path: &Path, size_bytes_max: Option<u64>) -> Result<Connecti
     // What was deleted is overwritten with zeros: a cleared chat is gone, not only unlisted.
     db.execute_batch("PRAGMA secure_delete = ON")?;
     if let Some(bytes) = size_bytes_max {
-        let page_bytes = number(&db, "PRAGMA page_size")?;
+        let page_bytes: i64 = db.query_row("PRAGMA page_size", [], |row| row.get(0))?;
         let pages = i64::try_from(bytes).unwrap_or(i64::MAX) / page_bytes;
         db.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(()))?;
     }

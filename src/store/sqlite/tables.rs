@@ -85,6 +85,11 @@ const NEWEST_FIRST: &str = "
     FROM messages WHERE session = :session AND sequence > :after AND sequence < :before
     ORDER BY sequence DESC LIMIT :limit";
 
+// A cleared session has a row and no messages.
+const SESSIONS: &str = "
+    SELECT key, EXISTS (SELECT 1 FROM messages WHERE session = number)
+    FROM sessions WHERE key >= :from ORDER BY key LIMIT :limit";
+
 /// A row of `sessions`.
 struct Session {
     number: i64,
@@ -244,6 +249,14 @@ pub fn recall(
 
 pub fn read(db: &Connection, key: &str, read: &Read) -> Result<Page> {
     in_snapshot(db, || page(db, key, read))
+}
+
+/// The keys from `from` on, in their order, at most `limit`; each with whether it has messages.
+pub fn sessions(db: &Connection, from: &str, limit: usize) -> Result<Vec<(String, bool)>> {
+    let mut statement = db.prepare_cached(SESSIONS)?;
+    let params = named_params! {":from": from, ":limit": sql_limit(limit)};
+    let rows = statement.query_map(params, |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
 }
 
 /// Shows all statements of a read the same state. After an error of SQLite, the connection may be
@@ -426,9 +439,14 @@ mod tests {
         }
     }
 
-    /// These two walk a part of a table that their LIMIT bounds.
+    /// These walk a part of a table that their LIMIT bounds.
     #[test]
     fn a_bounded_walk_goes_along_the_key() {
+        let steps = plan(SESSIONS);
+        let range = "SEARCH sessions USING COVERING INDEX sqlite_autoindex_sessions_1 (key>?)";
+        assert!(steps.iter().any(|step| step == range), "{steps:#?}");
+        assert!(!steps.iter().any(|step| step.contains("TEMP B-TREE")));
+
         let steps = plan(FIRST_OF_NEWEST);
         let range = "SEARCH messages USING PRIMARY KEY (session=? AND sequence>? AND sequence<?)";
         assert!(steps.iter().any(|step| step == range), "{steps:#?}");
