@@ -14,7 +14,7 @@
 //! What LangChain stores and [`Draft`] has no field for goes through `Draft::langchain`, a JSON
 //! object with LangChain's own names, and comes back on writing.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
@@ -42,7 +42,15 @@ pub struct Unreadable;
 /// Reads a stored element. Takes linear time and never panics, whatever the bytes.
 pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
     let text = std::str::from_utf8(bytes).map_err(|_| Unreadable)?;
-    let envelope = Object::parse(text).ok_or(Unreadable)?;
+    let hidden;
+    let envelope = match Object::parse(text) {
+        Some(envelope) => envelope,
+        // Python writes numbers that JSON does not have.
+        None => {
+            hidden = message::hide_non_finite(text);
+            Object::parse(&hidden).ok_or(Unreadable)?
+        }
+    };
     let kind = envelope
         .get("type")
         .and_then(read_string)
@@ -54,6 +62,8 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
 
     let role = role_of(&kind, &data);
     let is_assistant = role == Role::Assistant;
+    let is_tool = role == Role::Tool;
+    let is_chat = kind_of(&role) == "chat";
     let mut extra = Extra::default();
     if kind != kind_of(&role) {
         extra.add("type", &string(&kind));
@@ -66,47 +76,77 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
         turn_id: None,
     };
     let draft = &mut message.draft;
-    for (key, value) in data.last_of_each() {
-        let text = value.get();
-        match key.as_str() {
-            "type" | "role" => {}
-            "content" => draft.content = read_content(value),
-            "id" => draft.id = read_label(value),
-            "name" => draft.name = read_label(value),
-            "tool_call_id" => draft.tool_call_id = read_label(value),
-            "tool_calls" if is_assistant => draft.tool_calls = read_tool_calls(value),
+    for member in data.last_of_each() {
+        let (value, text) = (member.value, member.value.get());
+        match member.name.as_str() {
+            "type" => {}
+            "role" if is_chat => extra.add_if(is_inexact(value), &member),
+            "content" => {
+                draft.content = read_content(value);
+                let is_list = draft.content == Content::Parts(Vec::new());
+                extra.add_if(is_list || is_inexact(value), &member);
+            }
+            "id" => {
+                draft.id = read_label(value);
+                extra.add_if(is_inexact(value), &member);
+            }
+            "name" => {
+                draft.name = read_label(value);
+                extra.add_if(is_inexact(value) || text == "\"\"", &member);
+            }
+            "tool_call_id" if is_tool => {
+                draft.tool_call_id = read_label(value);
+                extra.add_if(is_inexact(value) || text == "\"\"", &member);
+            }
+            "tool_calls" if is_assistant => {
+                draft.tool_calls = read_tool_calls(value);
+                let lossy = |text: &str| text.contains(char::REPLACEMENT_CHARACTER);
+                let mut calls = draft.tool_calls.iter();
+                extra.add_if(calls.any(|c| lossy(&c.name) || lossy(&c.id)), &member);
+            }
             "usage_metadata" if is_assistant => {
                 draft.usage = read_usage(value);
-                let details =
-                    read_object(value).map_or_else(String::new, |usage| usage.without(&USAGE_KEYS));
-                if !details.is_empty() {
-                    extra.add("usage_metadata", &format!("{{{details}}}"));
+                let taken = if draft.usage.is_some() {
+                    &USAGE_KEYS[..]
+                } else {
+                    &[]
+                };
+                let rest =
+                    read_object(value).map_or_else(String::new, |usage| usage.without(taken));
+                if !rest.is_empty() {
+                    extra.add("usage_metadata", &format!("{{{rest}}}"));
                 }
             }
             "additional_kwargs" => {
                 let Some(kwargs) = read_object(value) else {
-                    extra.add(&key, text);
+                    extra.add_if(true, &member);
                     continue;
                 };
                 let mut taken = vec![OURS];
-                if is_assistant && let Some(reasoning) = kwargs.get(REASONING).and_then(read_string)
-                {
-                    draft.reasoning = Some(reasoning).filter(|text| !text.is_empty());
+                let reasoning = kwargs.get(REASONING).filter(|text| !is_inexact(text));
+                let reasoning = reasoning.and_then(read_string);
+                if is_assistant && reasoning.as_ref().is_some_and(|text| !text.is_empty()) {
+                    draft.reasoning = reasoning;
                     taken.push(REASONING);
                 }
                 let rest = kwargs.without(&taken);
                 if !rest.is_empty() {
-                    extra.add(&key, &format!("{{{rest}}}"));
+                    extra.add("additional_kwargs", &format!("{{{rest}}}"));
                 }
             }
             "response_metadata" if is_empty(text) => {}
             // What every writer adds without meaning anything by it.
             "example" if text == "false" => {}
-            "artifact" if text == "null" => {}
-            "status" if text == "\"success\"" => {}
-            "invalid_tool_calls" if is_empty(text) => {}
-            _ => extra.add(&key, text),
+            "artifact" if is_tool && text == "null" => {}
+            "status" if is_tool && text == "\"success\"" => {}
+            "invalid_tool_calls" if is_assistant && is_empty(text) => {}
+            _ => extra.add_if(true, &member),
         }
+    }
+    let says_nothing = draft.content == Content::Text(String::new());
+    if says_nothing && extra.0.is_empty() && may_not_be_empty(draft) {
+        // What LangChain left empty may be left empty again.
+        extra.add("content", "\"\"");
     }
     if draft.role == Role::Tool {
         // LangChain cannot read a tool message without this; we read it as a result of no call.
@@ -137,6 +177,12 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
     Ok(message)
 }
 
+/// Whether a client must give such a message contents.
+fn may_not_be_empty(draft: &Draft) -> bool {
+    let is_remove = kind_of(&draft.role) == "remove";
+    draft.role != Role::Tool && !is_remove && draft.tool_calls.is_empty()
+}
+
 /// The keys of `usage_metadata` that [`Usage`] has fields for.
 const USAGE_KEYS: [&str; 3] = ["input_tokens", "output_tokens", "total_tokens"];
 
@@ -148,6 +194,7 @@ fn role_of(kind: &str, data: &Object<'_>) -> Role {
         "system" | "SystemMessageChunk" => Role::System,
         "tool" | "ToolMessageChunk" => Role::Tool,
         "function" | "FunctionMessageChunk" => Role::Other("function".to_owned()),
+        // Chunks of no kind that LangChain has are like any other type that it does not have.
         "chat" | "ChatMessageChunk" => {
             let role = data.get("role").and_then(read_string);
             Role::Other(role.unwrap_or_else(|| "chat".to_owned()))
@@ -266,8 +313,14 @@ fn read_label(value: &RawValue) -> Option<String> {
 }
 
 fn read_string(value: &RawValue) -> Option<String> {
-    let text: Lossy = serde_json::from_str(value.get()).ok()?;
-    Some(text.0)
+    message::string_lossy(value.get())
+}
+
+/// Whether this is a text that UTF-8 cannot hold.
+fn is_inexact(value: &RawValue) -> bool {
+    value.get().contains("\\u")
+        && serde_json::from_str::<String>(value.get()).is_err()
+        && read_string(value).is_some()
 }
 
 fn read_object(value: &RawValue) -> Option<Object<'_>> {
@@ -278,35 +331,23 @@ fn is_empty(json: &str) -> bool {
     matches!(json, "{}" | "[]" | "null")
 }
 
-/// A JSON string. What UTF-8 cannot hold (a lone surrogate, which Python writes) becomes U+FFFD.
-struct Lossy(String);
-
-impl<'de> Deserialize<'de> for Lossy {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Reader;
-        impl Visitor<'_> for Reader {
-            type Value = Lossy;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<Lossy, E> {
-                Ok(Lossy(text.to_owned()))
-            }
-
-            fn visit_bytes<E>(self, bytes: &[u8]) -> Result<Lossy, E> {
-                Ok(Lossy(String::from_utf8_lossy(bytes).into_owned()))
-            }
-        }
-        // serde_json refuses lone surrogates in strings, but not in bytes.
-        deserializer.deserialize_bytes(Reader)
-    }
-}
-
 /// A JSON object whose values stay as they are written, so that nothing is altered: no number, no
 /// order, no nesting.
-struct Object<'a>(Vec<(String, &'a RawValue)>);
+struct Object<'a>(Vec<Member<'a>>);
+
+#[derive(Clone)]
+struct Member<'a> {
+    /// The key; where UTF-8 cannot hold it, its JSON text.
+    name: String,
+    key: &'a RawValue,
+    value: &'a RawValue,
+}
+
+impl Member<'_> {
+    fn has_lone_surrogate(&self) -> bool {
+        self.name == self.key.get()
+    }
+}
 
 impl<'a> Object<'a> {
     fn parse(text: &'a str) -> Option<Self> {
@@ -315,30 +356,28 @@ impl<'a> Object<'a> {
 
     /// The value of a key. Of duplicates the last one counts, as in Python.
     fn get(&self, key: &str) -> Option<&'a RawValue> {
-        let entry = self.0.iter().rev().find(|(name, _)| name == key);
-        entry.map(|(_, value)| *value)
+        let member = self.0.iter().rev().find(|member| member.name == key);
+        member.map(|member| member.value)
     }
 
     /// Each key once, with the value that counts.
-    fn last_of_each(&self) -> Vec<(String, &'a RawValue)> {
+    fn last_of_each(&self) -> Vec<Member<'a>> {
         let mut last = std::collections::HashMap::with_capacity(self.0.len());
-        for (index, (key, _)) in self.0.iter().enumerate() {
-            last.insert(key.as_str(), index);
+        for (index, member) in self.0.iter().enumerate() {
+            last.insert(member.name.as_str(), index);
         }
-        let entries = self.0.iter().enumerate();
-        let counting = entries.filter(|(index, (key, _))| last[key.as_str()] == *index);
-        counting.map(|(_, entry)| entry.clone()).collect()
+        let members = self.0.iter().enumerate();
+        let counting = members.filter(|(index, member)| last[member.name.as_str()] == *index);
+        counting.map(|(_, member)| member.clone()).collect()
     }
 
     /// The members but those keys, as JSON text without braces.
     fn without(&self, keys: &[&str]) -> String {
-        let mut members = String::new();
-        for (key, value) in self.last_of_each() {
-            if !keys.contains(&key.as_str()) {
-                push_member(&mut members, &key, value.get());
-            }
+        let mut members = Extra::default();
+        for member in self.last_of_each() {
+            members.add_if(!keys.contains(&member.name.as_str()), &member);
         }
-        members
+        members.0
     }
 }
 
@@ -346,7 +385,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Reader;
         impl<'de> Visitor<'de> for Reader {
-            type Value = Vec<(String, &'de RawValue)>;
+            type Value = Vec<Member<'de>>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
@@ -354,8 +393,10 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut members = Vec::new();
-                while let Some((Lossy(key), value)) = map.next_entry()? {
-                    members.push((key, value));
+                while let Some((key, value)) = map.next_entry::<&RawValue, &RawValue>()? {
+                    let name = serde_json::from_str(key.get());
+                    let name = name.unwrap_or_else(|_| key.get().to_owned());
+                    members.push(Member { name, key, value });
                 }
                 Ok(members)
             }
@@ -373,6 +414,12 @@ impl Extra {
         push_member(&mut self.0, key, json);
     }
 
+    fn add_if(&mut self, condition: bool, member: &Member<'_>) {
+        if condition {
+            push_raw_member(&mut self.0, member.key.get(), member.value.get());
+        }
+    }
+
     fn into_json(self) -> Option<Json> {
         if self.0.is_empty() {
             return None;
@@ -383,10 +430,14 @@ impl Extra {
 }
 
 fn push_member(members: &mut String, key: &str, json: &str) {
+    push_raw_member(members, &string(key), json);
+}
+
+fn push_raw_member(members: &mut String, key: &str, json: &str) {
     if !members.is_empty() {
         members.push_str(", ");
     }
-    members.push_str(&string(key));
+    members.push_str(key);
     members.push_str(": ");
     members.push_str(json);
 }
@@ -405,83 +456,195 @@ pub fn check_extra(path: &str, draft: &Draft) -> Result<(), Violation> {
     let Some(object) = Object::parse(extra.as_str()) else {
         return Err(Violation::new(field, "must be an object"));
     };
-    for (key, value) in object.last_of_each() {
-        let (of_assistant, of_tool) = (draft.role == Role::Assistant, draft.role == Role::Tool);
-        match key.as_str() {
-            "additional_kwargs" | "response_metadata" if read_object(value).is_none() => {
-                return broken(&key, "must be an object");
+    let is_assistant = draft.role == Role::Assistant;
+    let is_tool = draft.role == Role::Tool;
+    let is_chat = kind_of(&draft.role) == "chat";
+    let has_example = is_assistant || draft.role == Role::User;
+    for member in object.last_of_each() {
+        let (key, value) = (member.name.as_str(), member.value);
+        if member.has_lone_surrogate() || key.starts_with("__") {
+            return broken(key, "is no key that LangChain reads");
+        }
+        match key {
+            "additional_kwargs" => match read_object(value) {
+                None => return broken(key, "must be an object"),
+                Some(kwargs) if is_assistant && !are_kwargs_readable(&kwargs) => {
+                    return broken(key, "must hold `tool_calls` as OpenAI has them");
+                }
+                Some(_) => {}
+            },
+            "response_metadata" if read_object(value).is_none() => {
+                return broken(key, "must be an object");
             }
             "type" if !is_kind_of(value, &object, &draft.role) => {
-                return broken(&key, "must be a type of the message's role");
+                return broken(key, "must be a type of the message's role");
             }
-            "status" if of_tool && !matches!(value.get(), "\"success\"" | "\"error\"") => {
-                return broken(&key, "must be \"success\" or \"error\"");
+            "content" if read_string(value).is_none() && value.get() != "[]" => {
+                return broken(key, "must be a text or []");
             }
-            "usage_metadata" if of_assistant && !is_usage_details(value) => {
-                return broken(&key, "must be an object of objects of whole numbers");
+            "id" | "name" if read_string(value).is_none() => {
+                return broken(key, "must be a text");
             }
-            "usage_metadata" if of_assistant && draft.usage.is_none() => {
-                return broken(&key, "needs usage");
+            "tool_call_id" if is_tool && read_string(value).is_none() => {
+                return broken(key, "must be a text");
             }
-            "invalid_tool_calls"
-                if of_assistant && !is_list_of_calls(value, &INVALID_CALL_KEYS) =>
-            {
-                return broken(&key, "must be a list of invalid tool calls");
+            "role" if is_chat && read_string(value).is_none() => {
+                return broken(key, "must be a text");
             }
-            "tool_call_chunks" if of_assistant && !is_list_of_calls(value, &CALL_CHUNK_KEYS) => {
-                return broken(&key, "must be a list of tool call chunks");
+            "example" if has_example && !matches!(value.get(), "true" | "false") => {
+                return broken(key, "must be true or false");
             }
-            "chunk_position" if of_assistant && !matches!(value.get(), "\"last\"" | "null") => {
-                return broken(&key, "must be \"last\" or null");
+            "status" if is_tool && !matches!(value.get(), "\"success\"" | "\"error\"") => {
+                return broken(key, "must be \"success\" or \"error\"");
             }
-            "status" | "artifact" if !of_tool => return broken(&key, "is for ROLE_TOOL only"),
-            "usage_metadata" | "invalid_tool_calls" | "tool_call_chunks" | "chunk_position"
-                if !of_assistant =>
-            {
-                return broken(&key, "is for ROLE_ASSISTANT only");
+            "usage_metadata" if is_assistant && !is_usage(value, draft.usage.is_some()) => {
+                return broken(
+                    key,
+                    "must be the details of usage: objects of whole numbers",
+                );
             }
-            "content" | "content_blocks" | "id" | "name" | "role" | "self" | "text"
-            | "tool_call_id" | "tool_calls" => return broken(&key, "is reserved"),
+            "tool_calls" if is_assistant && !is_list(value, is_tool_call) => {
+                return broken(key, "must be a list of tool calls");
+            }
+            "invalid_tool_calls" if is_assistant && !is_list(value, is_invalid_call) => {
+                return broken(key, "must be a list of invalid tool calls");
+            }
+            "tool_call_chunks" if is_assistant && !is_list(value, is_call_chunk) => {
+                return broken(key, "must be a list of tool call chunks");
+            }
+            "chunk_position" if is_assistant && !matches!(value.get(), "\"last\"" | "null") => {
+                return broken(key, "must be \"last\" or null");
+            }
+            "content_blocks" | "dict" | "self" | "text" => return broken(key, "is reserved"),
             _ => {}
         }
     }
     Ok(())
 }
 
+/// The id of a call that LangChain keeps as an empty text, where there must be one.
+pub fn empty_call_id(extra: Option<&Json>) -> Option<String> {
+    let extra = Object::parse(extra?.as_str())?;
+    extra
+        .get("tool_call_id")
+        .and_then(read_string)
+        .filter(String::is_empty)
+}
+
 fn is_kind_of(value: &RawValue, object: &Object<'_>, role: &Role) -> bool {
-    let kind = read_string(value).unwrap_or_default();
-    kind_of(&role_of(&kind, object)) == kind_of(role)
-}
-
-/// What LangChain keeps beside the three counts of [`Usage`]: objects of counts.
-fn is_usage_details(value: &RawValue) -> bool {
-    let is_count = |count: &RawValue| count.get().parse::<i64>().is_ok();
-    let is_counts = |details: &RawValue| {
-        let details = read_object(details);
-        details.is_some_and(|details| details.0.iter().all(|(_, count)| is_count(count)))
-    };
-    let usage = read_object(value);
-    usage.is_some_and(|usage| usage.0.iter().all(|(_, details)| is_counts(details)))
-}
-
-const INVALID_CALL_KEYS: [&str; 7] = ["type", "id", "name", "args", "error", "index", "extras"];
-const CALL_CHUNK_KEYS: [&str; 6] = ["type", "id", "name", "args", "index", "extras"];
-
-/// A list of objects with no other keys than these, whose values are texts or null (an index may
-/// be a number).
-fn is_list_of_calls(value: &RawValue, keys: &[&str]) -> bool {
-    let Ok(calls) = serde_json::from_str::<Vec<&RawValue>>(value.get()) else {
+    let Some(kind) = read_string(value) else {
         return false;
     };
-    calls.into_iter().all(|call| {
-        read_object(call).is_some_and(|call| {
-            call.0.iter().all(|(key, value)| {
-                let text_or_null = value.get() == "null" || read_string(value).is_some();
-                let free = matches!(key.as_str(), "index" | "extras");
-                keys.contains(&key.as_str()) && (text_or_null || free)
+    let is_unknown_chunk = is_chunk(&kind) && !CHUNKS.contains(&kind.as_str());
+    !is_unknown_chunk && kind_of(&role_of(&kind, object)) == kind_of(role)
+}
+
+fn is_count(value: &RawValue) -> bool {
+    let digits = value.get().strip_prefix('-').unwrap_or(value.get());
+    !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// What LangChain keeps beside the three counts of [`Usage`], or all of it where a count is more
+/// than [`Usage`] can hold.
+fn is_usage(value: &RawValue, has_counts: bool) -> bool {
+    const COUNTS: [&str; 4] = ["audio", "cache_creation", "cache_read", "reasoning"];
+    let Some(usage) = read_object(value) else {
+        return false;
+    };
+    let is_whole = |key: &&str| usage.get(key).is_some_and(is_count);
+    let are_details = |value: &RawValue| {
+        let details = read_object(value);
+        details.is_some_and(|details| {
+            let mut members = details.0.iter();
+            members.all(|member| {
+                let must_count = COUNTS.contains(&member.name.as_str());
+                !member.has_lone_surrogate() && (!must_count || is_count(member.value))
             })
         })
+    };
+    (has_counts || USAGE_KEYS.iter().all(is_whole))
+        && usage.0.iter().all(|member| match member.name.as_str() {
+            "input_token_details" | "output_token_details" => are_details(member.value),
+            _ => !member.has_lone_surrogate(),
+        })
+}
+
+/// LangChain makes tool calls of what OpenAI's client left in `additional_kwargs`, and then checks
+/// what it has made.
+fn are_kwargs_readable(kwargs: &Object<'_>) -> bool {
+    let calls = kwargs.get("tool_calls").map(RawValue::get);
+    let calls = calls.and_then(|calls| serde_json::from_str::<Vec<&RawValue>>(calls).ok());
+    let is_readable = |call: &RawValue| {
+        let Some(call) = read_object(call) else {
+            return true;
+        };
+        let Some(function) = call.get("function").and_then(read_object) else {
+            return true;
+        };
+        let arguments = function.get("arguments").and_then(read_string);
+        let is_text = |value: &RawValue| read_string(value).is_some();
+        call.get("id").is_none_or(is_text_or_null)
+            && function.get("name").is_some_and(is_text)
+            && arguments.is_some_and(|text| text.is_empty() || text.trim().starts_with('{'))
+    };
+    calls.unwrap_or_default().into_iter().all(is_readable)
+}
+
+fn is_list(value: &RawValue, is_item: fn(&Object<'_>) -> bool) -> bool {
+    let items: Option<Vec<&RawValue>> = serde_json::from_str(value.get()).ok();
+    items.is_some_and(|items| {
+        let mut objects = items.into_iter().map(read_object);
+        objects.all(|object| object.is_some_and(|object| is_item(&object)))
     })
+}
+
+fn is_text_or_null(value: &RawValue) -> bool {
+    value.get() == "null" || read_string(value).is_some()
+}
+
+fn is_tool_call(call: &Object<'_>) -> bool {
+    call.0.iter().all(|member| match member.name.as_str() {
+        "name" => read_string(member.value).is_some(),
+        "args" => read_object(member.value).is_some(),
+        "id" | "type" => is_text_or_null(member.value),
+        _ => false,
+    }) && ["name", "args", "id"]
+        .iter()
+        .all(|key| call.get(key).is_some())
+}
+
+const INVALID_CALL_KEYS: [&str; 4] = ["name", "args", "id", "error"];
+const CALL_CHUNK_KEYS: [&str; 4] = ["name", "args", "id", "index"];
+
+fn is_invalid_call(call: &Object<'_>) -> bool {
+    call.0.iter().all(|member| {
+        let is_known = member.name == "type" || INVALID_CALL_KEYS.contains(&member.name.as_str());
+        is_known && is_text_or_null(member.value)
+    })
+}
+
+fn is_call_chunk(chunk: &Object<'_>) -> bool {
+    chunk.0.iter().all(|member| match member.name.as_str() {
+        "index" => member.value.get() == "null" || is_count(member.value),
+        "type" | "name" | "args" | "id" => is_text_or_null(member.value),
+        _ => false,
+    })
+}
+
+/// Calls as they are given, with `null` for what is not: langchain-core 0.1 needs every key.
+fn write_calls(calls: Option<&RawValue>, keys: &[&str]) -> String {
+    let calls: Vec<&RawValue> = calls
+        .and_then(|calls| serde_json::from_str(calls.get()).ok())
+        .unwrap_or_default();
+    list(calls.into_iter().filter_map(read_object).map(|call| {
+        let mut members = call.without(&[]);
+        for key in keys {
+            if call.get(key).is_none() {
+                push_member(&mut members, key, "null");
+            }
+        }
+        python_style(&format!("{{{members}}}"))
+    }))
 }
 
 /// Writes an element as LangChain writes it.
@@ -491,12 +654,26 @@ pub fn encode(message: &Message) -> Bytes {
     let extra_text = draft.langchain.as_ref().map_or("{}", Json::as_str);
     let extra = Object::parse(extra_text).unwrap_or(empty);
     let kind = extra.get("type").and_then(read_string);
-    let kind = kind.filter(|kind| is_chunk(kind));
+    let kind = kind.filter(|kind| CHUNKS.contains(&kind.as_str()));
     let kind = string(kind.as_deref().unwrap_or(kind_of(&draft.role)));
-    let optional = |text: &Option<String>| text.as_deref().map_or_else(|| "null".into(), string);
+    // A text of LangChain's that ours only shows: it stands for as long as ours is unchanged.
+    let exact = |key: &str, shown: &str| {
+        let value = extra.get(key)?;
+        (read_string(value)? == shown).then(|| python_style(value.get()))
+    };
+    let required = |key: &str, text: &str| exact(key, text).unwrap_or_else(|| string(text));
+    let optional = |key: &str, text: &Option<String>| match text {
+        Some(text) => required(key, text),
+        None => exact(key, "").unwrap_or_else(|| "null".to_owned()),
+    };
 
     let mut data = String::with_capacity(draft.size() + 256);
-    push_member(&mut data, "content", &write_content(&draft.content));
+    let content = match &draft.content {
+        Content::Text(text) if text.is_empty() && is_list_given(&extra) => "[]".to_owned(),
+        Content::Text(text) => required("content", text),
+        Content::Parts(parts) => list(parts.iter().map(write_part)),
+    };
+    push_member(&mut data, "content", &content);
     push_member(
         &mut data,
         "additional_kwargs",
@@ -509,17 +686,17 @@ pub fn encode(message: &Message) -> Bytes {
         &response_metadata.map_or_else(|| "{}".into(), |value| python_style(value.get())),
     );
     push_member(&mut data, "type", &kind);
-    push_member(&mut data, "name", &optional(&draft.name));
-    push_member(&mut data, "id", &optional(&draft.id));
+    push_member(&mut data, "name", &optional("name", &draft.name));
+    push_member(&mut data, "id", &optional("id", &draft.id));
     match &draft.role {
         Role::Assistant => {
-            push_member(
-                &mut data,
-                "tool_calls",
-                &write_tool_calls(&draft.tool_calls),
-            );
-            let invalid = extra.get("invalid_tool_calls").map_or("[]", RawValue::get);
-            push_member(&mut data, "invalid_tool_calls", &python_style(invalid));
+            let exact_calls = extra.get("tool_calls");
+            let exact_calls = exact_calls.filter(|c| read_tool_calls(c) == draft.tool_calls);
+            let calls = exact_calls.map(|calls| python_style(calls.get()));
+            let calls = calls.unwrap_or_else(|| write_tool_calls(&draft.tool_calls));
+            push_member(&mut data, "tool_calls", &calls);
+            let invalid = write_calls(extra.get("invalid_tool_calls"), &INVALID_CALL_KEYS);
+            push_member(&mut data, "invalid_tool_calls", &invalid);
             push_member(
                 &mut data,
                 "usage_metadata",
@@ -528,33 +705,60 @@ pub fn encode(message: &Message) -> Bytes {
         }
         Role::Tool => {
             let id = draft.tool_call_id.as_deref().unwrap_or_default();
-            push_member(&mut data, "tool_call_id", &string(id));
+            push_member(&mut data, "tool_call_id", &required("tool_call_id", id));
             let artifact = extra.get("artifact").map_or("null", RawValue::get);
             push_member(&mut data, "artifact", &python_style(artifact));
             let status = extra.get("status").map_or("\"success\"", RawValue::get);
             push_member(&mut data, "status", status);
         }
         Role::Other(name) if kind_of(&draft.role) == "chat" => {
-            push_member(&mut data, "role", &string(name));
+            push_member(&mut data, "role", &required("role", name));
         }
         Role::System | Role::User | Role::Other(_) => {}
     }
-    const WRITTEN: [&str; 7] = [
+    let written: &[&str] = match &draft.role {
+        Role::Assistant => &["tool_calls", "invalid_tool_calls", "usage_metadata"],
+        Role::Tool => &["tool_call_id", "artifact", "status"],
+        Role::Other(_) if kind_of(&draft.role) == "chat" => &["role"],
+        Role::System | Role::User | Role::Other(_) => &[],
+    };
+    const ALWAYS_WRITTEN: [&str; 6] = [
         "type",
+        "content",
         "additional_kwargs",
         "response_metadata",
-        "invalid_tool_calls",
-        "usage_metadata",
-        "artifact",
-        "status",
+        "name",
+        "id",
     ];
-    for (key, value) in extra.last_of_each() {
-        if !WRITTEN.contains(&key.as_str()) {
-            push_member(&mut data, &key, &python_style(value.get()));
+    for member in extra.last_of_each() {
+        let key = member.name.as_str();
+        if ALWAYS_WRITTEN.contains(&key) || written.contains(&key) {
+            continue;
         }
+        let value = match key {
+            "tool_call_chunks" if draft.role == Role::Assistant => {
+                write_calls(Some(member.value), &CALL_CHUNK_KEYS)
+            }
+            _ => python_style(member.value.get()),
+        };
+        push_raw_member(&mut data, &python_style(member.key.get()), &value);
     }
     Bytes::from(format!("{{\"type\": {kind}, \"data\": {{{data}}}}}"))
 }
+
+fn is_list_given(extra: &Object<'_>) -> bool {
+    extra.get("content").is_some_and(|list| list.get() == "[]")
+}
+
+/// The chunks that LangChain reads.
+const CHUNKS: [&str; 6] = [
+    "HumanMessageChunk",
+    "AIMessageChunk",
+    "SystemMessageChunk",
+    "ToolMessageChunk",
+    "FunctionMessageChunk",
+    "ChatMessageChunk",
+];
 
 fn is_chunk(kind: &str) -> bool {
     kind.ends_with("MessageChunk")
@@ -563,14 +767,12 @@ fn is_chunk(kind: &str) -> bool {
 fn write_kwargs(message: &Message, extra: &Object<'_>) -> String {
     let given = extra.get("additional_kwargs").and_then(read_object);
     let mut members = String::new();
-    for (key, value) in given
-        .map(|kwargs| kwargs.last_of_each())
-        .unwrap_or_default()
-    {
-        let ours = key == OURS || (key == REASONING && message.draft.reasoning.is_some());
-        if !ours {
-            push_member(&mut members, &key, &python_style(value.get()));
-        }
+    if let Some(given) = given {
+        let ours = match &message.draft.reasoning {
+            Some(_) => &[OURS, REASONING][..],
+            None => &[OURS],
+        };
+        members = python_style(&given.without(ours));
     }
     if let Some(reasoning) = &message.draft.reasoning {
         push_member(&mut members, REASONING, &string(reasoning));
@@ -596,13 +798,6 @@ fn write_kwargs(message: &Message, extra: &Object<'_>) -> String {
         push_member(&mut members, OURS, &format!("{{{ours}}}"));
     }
     format!("{{{members}}}")
-}
-
-fn write_content(content: &Content) -> String {
-    match content {
-        Content::Text(text) => string(text),
-        Content::Parts(parts) => list(parts.iter().map(write_part)),
-    }
 }
 
 fn write_part(part: &Part) -> String {
@@ -648,17 +843,20 @@ fn write_tool_calls(calls: &[ToolCall]) -> String {
 
 fn write_usage(usage: Option<Usage>, extra: &Object<'_>) -> String {
     let Some(usage) = usage else {
-        return "null".to_owned();
+        // More than ours can hold, or nothing.
+        let given = extra.get("usage_metadata");
+        return given.map_or_else(|| "null".to_owned(), |usage| python_style(usage.get()));
     };
     let mut members = String::new();
     let counts = [usage.input_tokens, usage.output_tokens, usage.total_tokens];
     for (key, count) in USAGE_KEYS.iter().zip(counts) {
         push_member(&mut members, key, &count.to_string());
     }
-    if let Some(details) = extra.get("usage_metadata").and_then(read_object) {
-        for (key, value) in details.last_of_each() {
-            push_member(&mut members, &key, &python_style(value.get()));
-        }
+    let details = extra.get("usage_metadata").and_then(read_object);
+    let details = details.map_or_else(String::new, |details| details.without(&USAGE_KEYS));
+    if !details.is_empty() {
+        members.push_str(", ");
+        members.push_str(&python_style(&details));
     }
     format!("{{{members}}}")
 }
@@ -722,11 +920,17 @@ fn python_style(json: &str) -> String {
             _ => styled.push(character),
         }
     }
-    styled
+    match message::show_non_finite(&styled) {
+        Cow::Borrowed(_) => styled,
+        Cow::Owned(shown) => shown,
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::test_runner::TestCaseError;
+
     use super::*;
 
     /// Elements as langchain-core 1.x writes them, one of each kind.
@@ -848,12 +1052,179 @@ mod tests {
             (Role::User, r#"{"additional_kwargs": null}"#),
             (Role::User, r#"{"type": "ai"}"#),
             (Role::User, r#"{"self": 1}"#),
-            (Role::User, r#"{"status": "error"}"#),
+            (Role::User, r#"{"type": "PoemMessageChunk"}"#),
+            (Role::Other("x".into()), r#"{"type": "PoemMessageChunk"}"#),
+            (Role::User, r#"{"example": null}"#),
+            (Role::User, r#"{"content": {}}"#),
+            (Role::User, r#"{"\ud800": 1}"#),
+            (Role::User, r#"{"name": 5}"#),
             (Role::Tool, r#"{"status": "meh"}"#),
+            (Role::Assistant, r#"{"invalid_tool_calls": [{"index": 1}]}"#),
+            (Role::Assistant, r#"{"tool_call_chunks": [{"index": 1.5}]}"#),
+            (
+                Role::Assistant,
+                r#"{"usage_metadata": {"input_tokens": 1}}"#,
+            ),
+            (
+                Role::Assistant,
+                r#"{"additional_kwargs": {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}}"#,
+            ),
             (Role::Assistant, r#"{"invalid_tool_calls": [1]}"#),
             (Role::Assistant, r#"{"chunk_position": 1}"#),
         ] {
             assert!(check(role, extra).is_err(), "{extra}");
+        }
+    }
+
+    #[test]
+    fn what_json_cannot_hold_comes_back_to_the_byte() {
+        let data = r#""additional_kwargs": {}, "response_metadata": {}, "#;
+        for element in [
+            format!(
+                r#"{{"type": "human", "data": {{"content": "\ud800 NaN", {data}"type": "human", "name": null, "id": "\udfff"}}}}"#
+            ),
+            format!(
+                r#"{{"type": "human", "data": {{"content": [], {data}"type": "human", "name": "", "id": "a"}}}}"#
+            ),
+            format!(
+                r#"{{"type": "human", "data": {{"content": "", {data}"type": "human", "name": null, "id": "a", "role": NaN, "status": -Infinity}}}}"#
+            ),
+            format!(
+                r#"{{"type": "tool", "data": {{"content": "x", {data}"type": "tool", "name": null, "id": "a", "tool_call_id": "", "artifact": [NaN, 1e400, 123456789012345678901], "status": "success"}}}}"#
+            ),
+            format!(
+                r#"{{"type": "ai", "data": {{"content": "", {data}"type": "ai", "name": null, "id": "a", "tool_calls": [{{"name": "\ud800", "args": {{"x": Infinity, "\ud800": 1}}, "id": null, "type": "tool_call"}}], "invalid_tool_calls": [], "usage_metadata": {{"input_tokens": 100000000000000000000, "output_tokens": 1, "total_tokens": 2}}}}}}"#
+            ),
+        ] {
+            let message = decode(element.as_bytes()).expect(&element);
+            assert_eq!(encode(&message), element.as_bytes());
+            assert_eq!(check_extra("m", &message.draft), Ok(()), "{element}");
+        }
+        let clash = r#"{"type": "human", "data": {"content": "x", "additional_kwargs": {"\ud800": 1, "\ud801": 2}}}"#;
+        let extra = decode(clash.as_bytes()).unwrap().draft.langchain.unwrap();
+        assert_eq!(
+            extra.as_str(),
+            r#"{"additional_kwargs": {"\ud800": 1, "\ud801": 2}}"#
+        );
+    }
+
+    #[test]
+    fn a_lone_surrogate_is_shown_as_one_replacement_character() {
+        let shown = |json: &str| message::string_lossy(json).unwrap();
+        assert_eq!(
+            shown(r#""a\ud800\ud83c\udf89\udfff\udfffb""#),
+            "a\u{fffd}🎉\u{fffd}\u{fffd}b"
+        );
+    }
+
+    #[test]
+    fn an_exact_text_gives_way_when_the_shown_one_was_changed() {
+        let element = br#"{"type": "human", "data": {"content": "\ud800", "name": "\ud801"}}"#;
+        let mut message = decode(element).unwrap();
+        message.draft.content = Content::Text("edited".into());
+        message.draft.name = Some("else".into());
+        let written = encode(&message);
+        let read = decode(&written).unwrap();
+        assert_eq!(read.draft.content, message.draft.content);
+        assert_eq!(read.draft.name, message.draft.name);
+    }
+
+    #[test]
+    fn every_shape_that_could_cost_more_than_linear_time_is_read_at_a_large_size() {
+        // A quadratic reader would take minutes here.
+        const COUNT: usize = 200_000;
+        let data = |fields: String| format!(r#"{{"type":"ai","data":{{"content":"x",{fields}}}}}"#);
+        let many = |piece: &str| vec![piece; COUNT].join(",");
+        for element in [
+            data(format!(
+                r#""deep":{}NaN{}"#,
+                "[".repeat(COUNT),
+                "]".repeat(COUNT)
+            )),
+            data(format!(
+                r#""deep":{}1{}"#,
+                r#"{"a":"#.repeat(COUNT),
+                "}".repeat(COUNT)
+            )),
+            data(many(r#""same":1"#)),
+            data(format!(r#""additional_kwargs":{{{}}}"#, many(r#""k":NaN"#))),
+            data(format!(
+                r#""tool_calls":[{}]"#,
+                many(r#"{"name":"n","args":{}}"#)
+            )),
+            data(format!(
+                r#""content":[{}]"#,
+                many(r#"{"type":"text","text":"\ud800"}"#)
+            )),
+            data(format!(r#""big":{}"#, "9".repeat(COUNT))),
+            data(format!(r#""quotes":"{}"#, r#"\""#.repeat(COUNT))),
+            "[".repeat(COUNT),
+            "\"".repeat(COUNT),
+            "N".repeat(COUNT),
+        ] {
+            if let Ok(message) = decode(element.as_bytes()) {
+                encode(&message);
+            }
+        }
+    }
+
+    /// An element with some bytes removed, replaced or put in.
+    fn mutated() -> impl Strategy<Value = Vec<u8>> {
+        let pieces = prop::sample::select(vec![
+            "",
+            "\"",
+            "\\",
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            ":",
+            "null",
+            "NaN",
+            "-Infinity",
+            "\\ud800",
+            "1e999",
+            "é",
+            "\"type\":",
+            "\u{0}",
+        ]);
+        let edits = prop::collection::vec((any::<prop::sample::Index>(), 0..4_usize, pieces), 0..6);
+        (prop::sample::select(ELEMENTS), edits).prop_map(|(element, edits)| {
+            let mut bytes = element.as_bytes().to_vec();
+            for (place, removed, piece) in edits {
+                let at = place.index(bytes.len() + 1);
+                let end = (at + removed).min(bytes.len());
+                bytes.splice(at..end, piece.bytes());
+            }
+            bytes
+        })
+    }
+
+    fn check_any(bytes: &[u8]) -> Result<(), TestCaseError> {
+        let Ok(message) = decode(bytes) else {
+            return Ok(());
+        };
+        check_extra("m", &message.draft).ok();
+        let written = encode(&message);
+        prop_assert!(written.is_ascii());
+        // Writing settles: what was written once is written the same again.
+        let again = decode(&written).expect("what we write, we read");
+        prop_assert_eq!(encode(&again), written);
+        Ok(())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2_000, ..Default::default() })]
+
+        #[test]
+        fn no_bytes_make_the_reader_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            check_any(&bytes)?;
+        }
+
+        #[test]
+        fn no_damaged_element_makes_the_reader_panic(bytes in mutated()) {
+            check_any(&bytes)?;
         }
     }
 }

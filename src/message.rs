@@ -4,9 +4,10 @@
 //! A value of these types has been checked: code that takes a [`SessionId`] or a [`Draft`] never
 //! checks again. [`Violation`]s name the field and the rule that it breaks.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use serde::de::Visitor;
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 use ulid::Ulid;
@@ -35,6 +36,8 @@ pub const PAGE_BYTES_MAX: usize = 3 << 20;
 pub const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// Levels of nesting in JSON that a client sends, at most. LangChain's reader has limits too.
 pub const JSON_DEPTH_MAX: usize = 100;
+/// Digits of a number in JSON that a client sends, at most. Python reads no longer ones.
+pub const JSON_DIGITS_MAX: usize = 4_300;
 
 /// A rule that a field of a request breaks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -162,7 +165,7 @@ impl Part {
     fn text(&self) -> Option<String> {
         match self {
             Self::Text(text) => Some(text.clone()),
-            Self::Json(json) => serde_json::from_str(json.as_str()).ok(),
+            Self::Json(json) => string_lossy(json.as_str()),
             Self::ImageUrl { .. } | Self::InlineData { .. } => None,
         }
     }
@@ -182,15 +185,12 @@ impl Part {
 pub struct Json(Box<RawValue>);
 
 impl Json {
-    /// Takes JSON from a client: well formed, not nested too deep, without lone surrogates.
+    /// Takes JSON from a client: well formed and within what Python's reader takes. Like Python's
+    /// it may hold lone surrogates as escapes, and `NaN`, `Infinity` and `-Infinity`.
     pub fn parse(field: &str, text: &str) -> Result<Self, Violation> {
-        let value: serde_json::Value = serde_json::from_str(text)
-            .map_err(|error| Violation::new(field, format!("must be JSON: {error}")))?;
-        if depth(&value) > JSON_DEPTH_MAX {
-            let rule = format!("must be nested at most {JSON_DEPTH_MAX} deep");
-            return Err(Violation::new(field, rule));
-        }
+        check_json_bounds(field, text)?;
         let raw = RawValue::from_string(text.to_owned())
+            .or_else(|error| RawValue::from_string(hide_non_finite(text)).map_err(|_| error))
             .map_err(|error| Violation::new(field, format!("must be JSON: {error}")))?;
         Ok(Self(raw))
     }
@@ -200,8 +200,14 @@ impl Json {
         Self(raw)
     }
 
+    /// The text, well formed: with stand-ins for numbers that JSON does not have.
     pub fn as_str(&self) -> &str {
         self.0.get()
+    }
+
+    /// The text as clients see it: `NaN`, `Infinity` and `-Infinity` as Python writes them.
+    pub fn shown(&self) -> Cow<'_, str> {
+        show_non_finite(self.as_str())
     }
 
     pub fn is_object(&self) -> bool {
@@ -219,12 +225,123 @@ impl PartialEq for Json {
     }
 }
 
-fn depth(value: &serde_json::Value) -> usize {
-    match value {
-        serde_json::Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
-        serde_json::Value::Object(fields) => 1 + fields.values().map(depth).max().unwrap_or(0),
-        _ => 0,
+fn check_json_bounds(field: &str, text: &str) -> Result<(), Violation> {
+    let (mut depth, mut digits) = (0_usize, 0_usize);
+    let (mut in_string, mut escaped) = (false, false);
+    for byte in text.bytes() {
+        if in_string {
+            in_string = escaped || byte != b'"';
+            escaped = !escaped && byte == b'\\';
+            continue;
+        }
+        digits = if byte.is_ascii_digit() { digits + 1 } else { 0 };
+        match byte {
+            b'"' => in_string = true,
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > JSON_DEPTH_MAX {
+            let rule = format!("must be nested at most {JSON_DEPTH_MAX} deep");
+            return Err(Violation::new(field, rule));
+        }
+        if digits > JSON_DIGITS_MAX {
+            let rule = format!("must hold numbers of at most {JSON_DIGITS_MAX} digits");
+            return Err(Violation::new(field, rule));
+        }
     }
+    Ok(())
+}
+
+/// What Python's `json` writes for numbers that JSON does not have, and the number that stands in
+/// for each while the JSON is here. Nobody writes these numbers by chance.
+const NON_FINITE: [(&str, &str); 3] = [
+    ("NaN", "0e-7777777771"),
+    ("Infinity", "1e7777777772"),
+    ("-Infinity", "-1e7777777772"),
+];
+/// What all stand-ins contain.
+const STAND_IN: &str = "777777777";
+
+/// Puts the stand-ins where Python wrote numbers that JSON does not have. Takes linear time.
+pub fn hide_non_finite(json: &str) -> String {
+    swap_tokens(json, |token| {
+        let known = NON_FINITE.iter().find(|(name, _)| *name == token);
+        known.map_or(token, |(_, stand_in)| stand_in)
+    })
+}
+
+/// Takes the stand-ins out again.
+pub fn show_non_finite(json: &str) -> Cow<'_, str> {
+    if !json.contains(STAND_IN) {
+        return Cow::Borrowed(json);
+    }
+    let shown = swap_tokens(json, |token| {
+        let known = NON_FINITE.iter().find(|(_, stand_in)| *stand_in == token);
+        known.map_or(token, |(name, _)| name)
+    });
+    Cow::Owned(shown)
+}
+
+/// Rewrites the numbers and names outside strings. The text need not be well formed.
+fn swap_tokens(json: &str, swap: impl Fn(&str) -> &str) -> String {
+    let bytes = json.as_bytes();
+    let is_token = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
+    let mut swapped = String::with_capacity(json.len());
+    let mut end = 0;
+    while end < bytes.len() {
+        let start = end;
+        let of_token = is_token(bytes[start]);
+        if bytes[start] == b'"' {
+            end += 1;
+            while end < bytes.len() && bytes[end] != b'"' {
+                end += if bytes[end] == b'\\' { 2 } else { 1 };
+            }
+            end = (end + 1).min(bytes.len());
+            swapped.push_str(&json[start..end]);
+            continue;
+        }
+        while end < bytes.len() && bytes[end] != b'"' && is_token(bytes[end]) == of_token {
+            end += 1;
+        }
+        let piece = &json[start..end];
+        swapped.push_str(if of_token { swap(piece) } else { piece });
+    }
+    swapped
+}
+
+/// The text of a JSON string. What UTF-8 cannot hold (a lone surrogate, which Python writes)
+/// becomes U+FFFD.
+pub fn string_lossy(json: &str) -> Option<String> {
+    struct Reader;
+    impl Visitor<'_> for Reader {
+        type Value = String;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a string")
+        }
+
+        fn visit_str<E>(self, text: &str) -> Result<String, E> {
+            Ok(text.to_owned())
+        }
+
+        fn visit_bytes<E>(self, bytes: &[u8]) -> Result<String, E> {
+            // A lone surrogate is three bytes, the first of them 0xED.
+            let mut text = String::with_capacity(bytes.len());
+            for chunk in bytes.utf8_chunks() {
+                text.push_str(chunk.valid());
+                if chunk.invalid().starts_with(&[0xED]) {
+                    text.push(char::REPLACEMENT_CHARACTER);
+                }
+            }
+            Ok(text)
+        }
+    }
+    // serde_json refuses lone surrogates in strings, but not in bytes.
+    let mut deserializer = serde_json::Deserializer::from_str(json);
+    let text = serde::Deserializer::deserialize_bytes(&mut deserializer, Reader).ok()?;
+    deserializer.end().ok()?;
+    Some(text)
 }
 
 /// A tool that the model asks for.
@@ -595,8 +712,26 @@ mod tests {
         assert!(Json::parse("f", &nested(JSON_DEPTH_MAX)).is_ok());
         assert!(Json::parse("f", &nested(JSON_DEPTH_MAX + 1)).is_err());
         assert!(Json::parse("f", &nested(100_000)).is_err());
-        assert!(Json::parse("f", r#"{"a": NaN}"#).is_err());
-        assert!(Json::parse("f", r#""\ud800""#).is_err());
+        for broken in [
+            "",
+            "{",
+            "nan",
+            "[Nan]",
+            "[NaNNaN]",
+            "[+Infinity]",
+            "\"NaN",
+            "[1] 2",
+        ] {
+            assert!(Json::parse("f", broken).is_err(), "{broken}");
+        }
+        for pythons in [
+            r#"{"a": [NaN, -Infinity, Infinity], "b": "NaN\""}"#,
+            r#""\ud800""#,
+        ] {
+            assert_eq!(Json::parse("f", pythons).unwrap().shown(), pythons);
+        }
+        assert!(Json::parse("f", &"9".repeat(JSON_DIGITS_MAX)).is_ok());
+        assert!(Json::parse("f", &"9".repeat(JSON_DIGITS_MAX + 1)).is_err());
         let big = Json::parse("f", "123456789012345678901234567890").unwrap();
         assert_eq!(big.as_str(), "123456789012345678901234567890");
     }

@@ -173,7 +173,9 @@ fn assistant_parts(draft: Draft) -> Result<Vec<ContentPart>> {
         parts.push(ContentPart::ToolCall(ToolCall {
             call_id: call.id,
             fn_name: call.name,
-            fn_arguments: value(&call.arguments)?,
+            // What Python can store and a `Value` cannot hold must not end every further turn.
+            fn_arguments: value(&call.arguments)
+                .unwrap_or_else(|_| json!({"json": call.arguments.shown()})),
             thought_signatures: None,
         }));
     }

@@ -1,0 +1,27 @@
+import itertools
+import os
+
+import pytest
+from harness import Redis, Server
+
+LINE = os.environ["INTEROP_LINE"]
+_sessions = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def redis():
+    server = Redis()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def server(redis):
+    program = Server(redis)
+    yield program
+    program.end()
+
+
+@pytest.fixture
+def session():
+    return f"session-{next(_sessions)}"
