@@ -35,8 +35,9 @@ def as_langchain_sees(message):
     data = fields["data"]
     if LINE == "0.1":
         # What later versions add, 0.1 keeps as extra fields.
-        for call in data.get("tool_calls", []) + data.get("invalid_tool_calls", []):
-            call.pop("type", None)
+        if fields["type"] in ("ai", "AIMessageChunk"):
+            for call in data["tool_calls"] + data["invalid_tool_calls"]:
+                call.pop("type", None)
         for key in ("usage_metadata", "artifact", "status"):
             if data.get(key) in (None, "success"):
                 data.pop(key, None)
@@ -314,3 +315,105 @@ def test_elements_that_langchain_cannot_read_are_shown_with_their_bytes(redis, s
     assert [message.raw for message in messages] == broken + odd
     problems = [message.problem == pb.PROBLEM_UNREADABLE for message in messages]
     assert problems == [True] * len(broken) + [False] * len(odd)
+
+
+def test_what_we_write_is_the_message_that_langchain_has_for_it(redis, server, session):
+    image = pb.ImageUrl(url="https://example.com/a.png", detail="low")
+    data = pb.InlineData(media_type="image/png", data=b"\0\1\2")
+    file = pb.InlineData(media_type="application/pdf", data=b"\0\1\2")
+    calls = [pb.ToolCall(id="c1", name="add", arguments='{"a": 1.0}'), pb.ToolCall(name="now")]
+    given = [
+        pb.Message(role=pb.ROLE_SYSTEM, content="be kind", id="a", name="root"),
+        pb.Message(role=pb.ROLE_USER, content='é 🎉 \0 "\\', id="b"),
+        pb.Message(
+            role=pb.ROLE_USER,
+            id="c",
+            parts=[
+                pb.ContentPart(text="look"),
+                pb.ContentPart(image_url=image),
+                pb.ContentPart(inline_data=data),
+                pb.ContentPart(inline_data=file),
+                pb.ContentPart(json='{"type":"odd","x":[1e400]}'),
+                pb.ContentPart(json='"bare"'),
+            ],
+        ),
+        pb.Message(
+            role=pb.ROLE_ASSISTANT,
+            id="d",
+            reasoning="because",
+            tool_calls=calls,
+            usage=pb.Usage(input_tokens=3, output_tokens=4),
+        ),
+        pb.Message(role=pb.ROLE_TOOL, id="e", tool_call_id="c1", content="", name="add"),
+        pb.Message(role=pb.ROLE_OTHER, role_name="critic", id="f", content="meh"),
+        pb.Message(role=pb.ROLE_OTHER, role_name="function", id="g", name="add", content="3"),
+        pb.Message(
+            role=pb.ROLE_ASSISTANT,
+            id="h",
+            content="x",
+            metadata=struct({"langchain": {"type": "AIMessageChunk", "extra": {"a": 1}}}),
+        ),
+    ]
+    server.append(session, *given)
+    blocks = [
+        {"type": "text", "text": "look"},
+        {"type": "image_url", "image_url": {"url": "https://example.com/a.png", "detail": "low"}},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAEC"}},
+        {"type": "file", "source_type": "base64", "data": "AAEC", "mime_type": "application/pdf"},
+        {"type": "odd", "x": [float("inf")]},
+        "bare",
+    ]
+    kinds = {} if LINE == "0.1" else {"type": "tool_call"}
+    calls = [{"name": "add", "args": {"a": 1.0}, "id": "c1", **kinds}]
+    calls.append({"name": "now", "args": {}, "id": None, **kinds})
+    usage = {"input_tokens": 3, "output_tokens": 4, "total_tokens": 7}
+    expected = [
+        lc.SystemMessage(content="be kind", id="a", name="root"),
+        lc.HumanMessage(content='é 🎉 \0 "\\', id="b"),
+        lc.HumanMessage(content=blocks, id="c"),
+        lc.AIMessage(
+            content="",
+            id="d",
+            additional_kwargs={"reasoning_content": "because"},
+            tool_calls=calls,
+            usage_metadata=usage,
+        ),
+        lc.ToolMessage(content="", id="e", tool_call_id="c1", name="add"),
+        lc.ChatMessage(content="meh", id="f", role="critic"),
+        lc.FunctionMessage(content="3", id="g", name="add"),
+        lc.AIMessageChunk(content="x", id="h", extra={"a": 1}),
+    ]
+    read = history(redis, session).messages
+    assert [type(message) for message in read] == [type(message) for message in expected]
+    for one, other in zip(read, expected):
+        assert as_langchain_sees(one) == as_langchain_sees(other)
+
+
+def test_our_own_facts_survive_langchains_read_and_add(redis, server, session):
+    own = struct({"own": {"k": [1, "é"]}})
+    server.append(session, pb.Message(role=pb.ROLE_USER, content="a", id="a", metadata=own))
+    list(server.chat(session, "b", turn_id="t"))
+    copy = history(redis, f"{session}-copy")
+    for message in history(redis, session).messages:
+        copy.add_message(message)
+    for before, after in zip(server.get(session), server.get(f"{session}-copy")):
+        for message in (before, after):
+            message.ClearField("raw")
+            message.ClearField("raw_size")
+        assert before == after
+        assert after.HasField("create_time")
+
+
+def test_the_deepest_json_that_we_take_is_read_by_langchain(redis, server, session):
+    text = json.dumps(deep(99))
+    extra = struct({"langchain": {"extra": {"$json": json.dumps(deep(90))}}})
+    server.append(
+        session,
+        pb.Message(role=pb.ROLE_USER, parts=[pb.ContentPart(json=f'{{"x": {text}}}')]),
+        pb.Message(
+            role=pb.ROLE_ASSISTANT,
+            tool_calls=[pb.ToolCall(name="f", arguments=f'{{"x": {text}}}')],
+            metadata=extra,
+        ),
+    )
+    assert len(history(redis, session).messages) == 2
