@@ -115,6 +115,25 @@ fn call(id: &str, name: &str, arguments: &str) -> ToolCall {
     }
 }
 
+#[tokio::test]
+async fn arguments_that_only_python_can_hold_do_not_end_the_conversation() {
+    let server = provider::Provider::start().await;
+    server.answer(Script::text(["ok"]));
+    let mut question = prompt("and now?");
+    let mut answer = Draft::text(Role::Assistant, "");
+    answer.tool_calls = vec![call("c1", "f", r#"{"a": Infinity}"#)];
+    let mut result = Draft::text(Role::Tool, "done");
+    result.tool_call_id = Some("c1".to_owned());
+    question
+        .messages
+        .splice(0..0, [prompt("hi").messages.remove(0), answer, result]);
+    let outcome = ask(&model(&server), question).await;
+    assert!(outcome.iter().all(Result::is_ok), "{outcome:?}");
+    let sent = &server.requests()[0].body["messages"][1]["tool_calls"][0]["function"]["arguments"];
+    let sent: serde_json::Value = serde_json::from_str(sent.as_str().unwrap()).unwrap();
+    assert_eq!(sent["json"], r#"{"a": Infinity}"#);
+}
+
 // Answers.
 
 #[tokio::test]

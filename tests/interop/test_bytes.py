@@ -215,32 +215,45 @@ parts = st.one_of(
     st.builds(lambda value: pb.ContentPart(json=json.dumps(value)), json_values),
     st.builds(lambda url: pb.ContentPart(image_url=pb.ImageUrl(url=url)), utf8),
 )
-ours = st.builds(
-    pb.Message,
-    role=st.sampled_from([1, 2, 3, 3, 4, 5]),
-    role_name=st.sampled_from(["", "", "chat", "function", "remove", "HumanMessageChunk", "ai"]),
-    id=name,
-    name=name,
-    content=utf8,
-    parts=st.lists(parts, max_size=2),
-    tool_call_id=st.sampled_from(["", "", "c1"]),
-    tool_calls=st.lists(
-        st.builds(
-            pb.ToolCall,
-            id=name,
-            name=name,
-            arguments=st.sampled_from(["", "{}", "[]", '{"a": NaN}', "null", '{"a": {}}']),
-        ),
-        max_size=1,
-    ),
-    usage=st.none() | st.builds(pb.Usage, input_tokens=st.integers(-1, 9)),
-    metadata=st.builds(
-        struct,
-        st.fixed_dictionaries(
-            {}, optional={"own": json_values, "langchain": st.dictionaries(st.sampled_from(KEYS), awkward, max_size=2)}
-        ),
-    ),
-)
+
+
+@st.composite
+def our_messages(draw):
+    """Mostly with the fields of the role, so that many are accepted."""
+    role = draw(st.sampled_from([1, 2, 3, 3, 4, 5]))
+    is_strict = draw(st.integers(0, 3)) > 0
+    message = pb.Message(role=role, id=draw(name), name=draw(name), content=draw(utf8) or "x")
+    if role == pb.ROLE_OTHER or not is_strict:
+        names = ["chat", "function", "remove", "HumanMessageChunk", "ai", "critic", ""]
+        message.role_name = draw(st.sampled_from(names))
+    if message.role_name == "remove":
+        message.content = ""
+    if role == pb.ROLE_TOOL or not is_strict:
+        message.tool_call_id = draw(st.sampled_from(["c1", "é", ""]))
+    if role == pb.ROLE_ASSISTANT or not is_strict:
+        arguments = ["", "{}", '{"a": NaN}', '{"a": {}}'] + ([] if is_strict else ["[]", "null"])
+        for text in draw(st.lists(st.sampled_from(arguments), max_size=2)):
+            message.tool_calls.append(pb.ToolCall(id=draw(name), name="f", arguments=text))
+        if draw(st.booleans()):
+            message.usage.input_tokens = draw(st.integers(0 if is_strict else -1, 9))
+    if draw(st.booleans()) and message.role_name != "remove":
+        some = draw(st.lists(parts, max_size=2))
+        message.parts.extend(part for part in some if not is_strict or is_taken(part))
+    if draw(st.booleans()):
+        message.metadata.update({"own": draw(json_values)})
+    if draw(st.booleans()):
+        known = st.dictionaries(st.sampled_from(KEYS), awkward, min_size=1, max_size=2)
+        message.metadata.update({"langchain": draw(known)})
+    return message
+
+
+def is_taken(part):
+    if part.WhichOneof("part") == "json":
+        return isinstance(json.loads(part.json), (dict, str))
+    return part.WhichOneof("part") == "text" or part.image_url.url != ""
+
+
+ours = our_messages()
 
 
 @settings(SETTINGS, max_examples=400)
