@@ -709,7 +709,8 @@ pub fn encode(message: &Message) -> Bytes {
             let artifact = extra.get("artifact").map_or("null", RawValue::get);
             push_member(&mut data, "artifact", &python_style(artifact));
             let status = extra.get("status").map_or("\"success\"", RawValue::get);
-            push_member(&mut data, "status", status);
+            let status = python_style(status);
+            push_member(&mut data, "status", &status);
         }
         Role::Other(name) if kind_of(&draft.role) == "chat" => {
             push_member(&mut data, "role", &required("role", name));

@@ -602,11 +602,9 @@ async fn a_drain_lets_a_turn_finish_and_takes_no_new_one() {
     provider.wait_for_requests(1).await;
 
     server.shutdown.cancel();
-    assert_eq!(
-        watch.message().await.unwrap().unwrap().status,
-        2,
-        "NOT_SERVING"
-    );
+    let changed = tokio::time::timeout(wait::LIMIT, watch.message()).await;
+    let changed = changed.expect("health changes at once");
+    assert_eq!(changed.unwrap().unwrap().status, 2, "NOT_SERVING");
     gate.open();
     let told = tell_rest(stream, Told::default()).await;
     assert_eq!(
