@@ -1,0 +1,314 @@
+"""The client for code without an event loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import grpc
+from typing_extensions import Self
+
+from chat_memory import _channel, _requests
+from chat_memory._errors import ChatMemoryError, from_rpc
+from chat_memory._proto import chat_memory_pb2 as pb
+from chat_memory._proto.chat_memory_pb2_grpc import ChatMemoryStub
+from chat_memory._requests import CALL_SECONDS, CHAT_SECONDS, Event, TurnState
+from chat_memory._retry import Attempts
+
+_Request = TypeVar("_Request", contravariant=True)
+_Response = TypeVar("_Response", covariant=True)
+
+
+class _Call(Protocol):
+    """What a stub's stream is."""
+
+    def __next__(self) -> pb.ChatResponse: ...
+
+    def cancel(self) -> object: ...
+
+
+class _Method(Protocol[_Request, _Response]):
+    """What a stub's method is."""
+
+    def __call__(self, request: _Request, *, timeout: float | None = None) -> _Response: ...
+
+
+class Client:
+    """A connection to a chat-memory server.
+
+    >>> with Client("127.0.0.1:50051") as client:  # doctest: +SKIP
+    ...     client.append("demo", [user("hi"), assistant("Hello!")])
+    ...     for message in client.messages("demo"):
+    ...         print(message.content)
+    ...     print(client.chat("demo", "What did I say?").text())
+
+    `target` is `host:port`, `http://host:port`, `https://host:port` or `unix:/path`; without one,
+    `$CHAT_MEMORY_TARGET` or `127.0.0.1:50051`. Clients of one target share one connection, so
+    making a client is cheap; it connects with its first call. A client may be used by many threads.
+
+    Calls raise `ChatMemoryError`. Failures that pass (a server that restarts, a store that is away)
+    are tried again within the call's time, `timeout` seconds: every write carries an id, so that it
+    is never stored twice.
+    """
+
+    def __init__(self, target: str | None = None, *, timeout: float = CALL_SECONDS) -> None:
+        self._target = _channel.Target.parse(target)
+        self._timeout = timeout
+        self._stub: ChatMemoryStub | None = ChatMemoryStub(_channel.take(self._target))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the connection back; the last client of a target closes it. Safe to repeat."""
+        if self._stub is not None:
+            self._stub = None
+            _channel.give_back(self._target)
+
+    def append(
+        self,
+        session_id: str,
+        messages: Iterable[pb.Message],
+        request_id: str | None = None,
+        expected_last_sequence: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> list[pb.Message]:
+        """Adds 1 to 100 messages in one atomic step, and returns them as stored.
+
+        The client makes a `request_id` if you give none; give your own to be able to repeat the
+        call after your process died. With `expected_last_sequence`, the messages are stored only if
+        nobody else appended since; otherwise `SequenceMismatch`.
+        """
+        request = _requests.append_request(session_id, messages, request_id, expected_last_sequence)
+        return list(self._call(self._open().Append, request, timeout).messages)
+
+    def get_messages(
+        self,
+        session_id: str,
+        *,
+        page_size: int = 0,
+        page_token: str = "",
+        newest_first: bool = False,
+        last_messages: int | None = None,
+        after_sequence: int | None = None,
+        before_sequence: int | None = None,
+        include_raw: bool = False,
+        timeout: float | None = None,
+    ) -> pb.GetMessagesResponse:
+        """Returns one page: its `messages`, and the `next_page_token` if there are more.
+
+        `last_messages=20` is the usual way to read the end of a session; it costs the same however
+        long the session is.
+        """
+        request = _requests.page_request(
+            session_id,
+            page_size=page_size,
+            page_token=page_token,
+            newest_first=newest_first,
+            last_messages=last_messages,
+            after_sequence=after_sequence,
+            before_sequence=before_sequence,
+            include_raw=include_raw,
+        )
+        return self._call(self._open().GetMessages, request, timeout)
+
+    def messages(
+        self,
+        session_id: str,
+        *,
+        page_size: int = 0,
+        newest_first: bool = False,
+        last_messages: int | None = None,
+        after_sequence: int | None = None,
+        before_sequence: int | None = None,
+        include_raw: bool = False,
+        timeout: float | None = None,
+    ) -> Iterator[pb.Message]:
+        """Iterates over all messages, page by page. `timeout` is for one page."""
+        token = ""
+        while True:
+            page = self.get_messages(
+                session_id,
+                page_size=page_size,
+                page_token=token,
+                newest_first=newest_first,
+                last_messages=last_messages,
+                after_sequence=after_sequence,
+                before_sequence=before_sequence,
+                include_raw=include_raw,
+                timeout=timeout,
+            )
+            yield from page.messages
+            token = page.next_page_token
+            if not token:
+                return
+
+    def clear(self, session_id: str, *, timeout: float | None = None) -> int:
+        """Deletes a session, and returns how many messages went.
+
+        It may be repeated, so it is tried again like a read; the number is then that of the last
+        attempt.
+        """
+        request = pb.ClearRequest(session_id=session_id)
+        return self._call(self._open().Clear, request, timeout).deleted_count
+
+    def chat(
+        self,
+        session_id: str,
+        messages: str | pb.Message | Iterable[pb.Message],
+        *,
+        turn_id: str | None = None,
+        model: str = "",
+        system_prompt: str = "",
+        last_messages: int | None = None,
+        tools: Iterable[pb.Tool] = (),
+        options: pb.ModelOptions | None = None,
+        on_conflict: pb.OnConflict.ValueType = pb.ON_CONFLICT_UNSPECIFIED,
+        on_disconnect: pb.OnDisconnect.ValueType = pb.ON_DISCONNECT_UNSPECIFIED,
+        timeout: float = CHAT_SECONDS,
+    ) -> ChatStream:
+        """Runs a turn: the server asks the model, with the session's history, and stores question
+        and answer. Returns the stream of its events; see `ChatStream`.
+
+        `messages` is what is new: a text, a message, or several (results of tools). Keep the
+        stream's `turn_id`, or give one: after a failure, `chat` with the same id and arguments
+        gets the same turn again.
+        """
+        request = _requests.chat_request(
+            session_id,
+            messages,
+            turn_id=turn_id,
+            model=model,
+            system_prompt=system_prompt,
+            last_messages=last_messages,
+            tools=tools,
+            options=options,
+            on_conflict=on_conflict,
+            on_disconnect=on_disconnect,
+        )
+        method = self._open().Chat
+
+        def start(seconds: float) -> _Call:
+            return method(request, timeout=seconds)
+
+        return ChatStream(start, request.turn_id, timeout)
+
+    def _open(self) -> ChatMemoryStub:
+        if self._stub is None:
+            raise ValueError("the client is closed")
+        return self._stub
+
+    def _call(
+        self, method: _Method[_Request, _Response], request: _Request, timeout: float | None
+    ) -> _Response:
+        attempts = Attempts(self._timeout if timeout is None else timeout)
+        while True:
+            try:
+                return method(request, timeout=attempts.time_left())
+            except grpc.RpcError as failure:
+                error = from_rpc(failure)
+            pause = attempts.pause_after(error)
+            if pause is None:
+                raise error
+            time.sleep(pause)
+
+
+class ChatStream(TurnState):
+    """The events of one turn: a `Started`, any number of `Delta`s, one `Completed`.
+
+    >>> for event in client.chat("demo", "hi"):  # doctest: +SKIP
+    ...     match event:
+    ...         case Delta(text=text):
+    ...             print(text, end="")
+    ...         case Completed():
+    ...             print("\\nstored")
+
+    The call is made when the first event is asked for. Until that event came, failures that pass
+    are tried again with the same turn id; after it they are raised, for the text that was shown
+    cannot be taken back. `close` cancels the stream, and so does leaving a `with` block. What
+    becomes of the turn then is up to `on_disconnect`: by default it goes on and is stored.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[float], _Call],
+        turn_id: str,
+        timeout: float,
+    ) -> None:
+        super().__init__(turn_id)
+        self._start = start
+        self._timeout = timeout
+        self._call: _Call | None = None
+        self._closed = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        if self._closed or self.completed is not None:
+            raise StopIteration
+        try:
+            response = self._first() if self._call is None else next(self._call)
+        except StopIteration:
+            if self._closed:
+                raise
+            self.close()
+            raise self._cut() from None
+        except grpc.RpcError as failure:
+            if self._closed:
+                raise StopIteration from None
+            self.close()
+            raise self._failed(from_rpc(failure)) from None
+        except ChatMemoryError as error:
+            self.close()
+            raise self._failed(error) from None
+        return self._take(response)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancels the stream, also from another thread. Safe to repeat."""
+        self._closed = True
+        if self._call is not None:
+            self._call.cancel()
+
+    def text(self) -> str:
+        """Reads the stream to its end, and returns the text of the stored answer."""
+        for _ in self:
+            pass
+        if self.answer is None:
+            raise self._cut()
+        return self.answer.content
+
+    def _first(self) -> pb.ChatResponse:
+        attempts = Attempts(self._timeout)
+        while True:
+            self._call = self._start(attempts.time_left())
+            try:
+                return next(self._call)
+            except grpc.RpcError as failure:
+                error = from_rpc(failure)
+            pause = None if self._closed else attempts.pause_after(error)
+            if pause is None:
+                raise error
+            time.sleep(pause)
