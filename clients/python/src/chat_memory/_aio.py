@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
@@ -130,7 +130,7 @@ class AsyncClient:
         before_sequence: int | None = None,
         include_raw: bool = False,
         timeout: float | None = None,
-    ) -> AsyncIterator[pb.Message]:
+    ) -> AsyncGenerator[pb.Message, None]:
         """Iterates over all messages, page by page. `timeout` is for one page."""
         token = ""
         while True:
