@@ -100,7 +100,7 @@ def own_server(folder: pathlib.Path) -> Iterator[Server]:
 class Redis:
     """A redis-server of its own, and a chat-memory on it."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, *arguments: str) -> None:
         socket = folder / "redis"
         self._process = subprocess.Popen(
             ["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", ""],
@@ -112,7 +112,7 @@ class Redis:
             assert time.monotonic() < deadline, "redis-server did not start"
             time.sleep(0.01)
         self.url = f"unix://{socket}?db=0"
-        self.server = Server(folder, "--redis", f"redis+unix://{socket}")
+        self.server = Server(folder, "--redis", f"redis+unix://{socket}", *arguments)
         self.target = self.server.target
 
     def kill(self) -> None:

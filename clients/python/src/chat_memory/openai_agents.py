@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import aclosing
 from typing import Any, cast
 
 from agents.items import TResponseInputItem
@@ -150,14 +149,21 @@ class ChatMemorySession:
         last_sequence = 0
         popped: set[int] = set()
         items: list[tuple[int, TResponseInputItem]] = []
-        page_size = MESSAGES_PER_PAGE_MAX if limit is None else min(limit + 10, 1000)
-        messages = self._client.messages(self.session_id, page_size=page_size, newest_first=True)
-        # Left early, a generator must be closed by the loop that runs it.
-        async with aclosing(messages):
-            async for message in messages:
+        page_size = MESSAGES_PER_PAGE_MAX if limit is None else limit + 10
+        token = ""
+        # By pages and not by `messages`: `Runner.run_sync` uses an event loop again after it ended
+        # its asynchronous generators, which makes Python warn of any other.
+        while True:
+            page = await self._client.get_messages(
+                self.session_id,
+                page_size=min(page_size, MESSAGES_PER_PAGE_MAX),
+                page_token=token,
+                newest_first=True,
+            )
+            for message in page.messages:
                 last_sequence = last_sequence or message.sequence
                 if message.role == pb.ROLE_OTHER and message.role_name == _POP_ROLE:
-                    popped.add(int(str(message.metadata[_POPS])))
+                    popped.add(_popped_by(message))
                     continue
                 if message.sequence in popped:
                     continue
@@ -165,9 +171,17 @@ class ChatMemorySession:
                 if item is None:
                     continue
                 items.append((message.sequence, item))
-                if limit is not None and len(items) == limit:
-                    break
-        return last_sequence, items
+                if len(items) == limit:
+                    return last_sequence, items
+            token = page.next_page_token
+            if not token:
+                return last_sequence, items
+
+
+def _popped_by(marker: pb.Message) -> int:
+    """The sequence that a marker takes back; 0, which is none, if it does not say."""
+    text = marker.metadata.fields[_POPS].string_value
+    return int(text) if text.isdecimal() else 0
 
 
 _ROLES = {
