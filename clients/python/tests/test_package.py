@@ -8,6 +8,7 @@ import subprocess
 import sys
 import venv
 
+import pytest
 from conftest import Server
 
 import chat_memory
@@ -64,3 +65,16 @@ def test_a_wheel_works_in_an_empty_environment(server: Server, tmp_path: pathlib
     assert (site / "py.typed").exists()
     assert (site / "_proto" / "chat_memory_pb2.pyi").exists()
     assert (site / "_proto" / "chat_memory_pb2_grpc.pyi").exists()
+
+
+def test_the_first_example_of_the_readme_runs(
+    server: Server, session_id: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    example = readme.split("```python\n")[1].split("```")[0]
+    example = example.replace("127.0.0.1:50051", server.target).replace('"demo"', f'"{session_id}"')
+    exec(compile(example, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "1 My name is Ann.\n2 Hello Ann!\nYou said: What is my name?\nstored\n"
+    )
