@@ -180,11 +180,19 @@ def test_all_of_a_batch_is_stored_or_nothing(history: ChatMemoryHistory) -> None
         history.add_messages([HumanMessage("x")] * 101)
     with pytest.raises(chat_memory.InvalidArgument):
         history.add_messages([HumanMessage("x"), HumanMessage("y", id="z" * 300)])
-    with pytest.raises(chat_memory.InvalidArgument):
-        history.add_messages([HumanMessage("x", additional_kwargs={"a": float("nan")})])
+    with pytest.raises(UnicodeEncodeError):
+        history.add_messages([HumanMessage("x"), HumanMessage("a lone surrogate: \ud800")])
     with pytest.raises(ValueError, match="role"):
         history.add_messages([ChatMessage(content="x", role="function")])
     assert len(history.messages) == 100
+
+
+def test_what_is_no_json_of_others_comes_back_too(history: ChatMemoryHistory) -> None:
+    odd = {"nan": float("nan"), "infinite": [float("-inf")], "surrogate": "\ud800"}
+    history.add_messages([HumanMessage([{"no": "type"}], additional_kwargs=odd)])
+    message = history.messages[0]
+    assert message.content == [{"no": "type"}]
+    assert repr(message.additional_kwargs) == repr(odd)
 
 
 def test_a_window_gives_the_newest_and_no_result_without_its_call(

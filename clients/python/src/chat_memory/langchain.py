@@ -15,8 +15,8 @@ place of `RunnableWithMessageHistory`, which only logs a failure to store a turn
 
 What is added comes back equal, with these exceptions: a message without an id gets one from the
 server; empty names, ids and tool call ids come back as None; an empty list of contents comes back
-as an empty text. What the server cannot keep (NaN, lone surrogates, content blocks without a
-`type`) is refused with an error before anything is stored.
+as an empty text. What cannot be sent (a lone surrogate in a text, JSON nested more than 100 deep)
+is refused with an error before anything is stored.
 """
 
 from __future__ import annotations

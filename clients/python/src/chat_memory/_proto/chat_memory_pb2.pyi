@@ -263,8 +263,8 @@ class Message(_message.Message):
     Refused with any other role.
     """
     content: _builtins.str
-    """The text. In requests it may be empty if there are `parts` or `tool_calls`, and for a tool
-    result. In responses it is also the text of all `parts`, joined; in requests it is ignored
+    """The text. In requests it may be empty if there are `parts` or `tool_calls`, for a tool result,
+    and where `metadata.langchain` is given. In responses it is also the text of all `parts`, joined; in requests it is ignored
     where `parts` are given.
     """
     tool_call_id: _builtins.str
@@ -316,7 +316,9 @@ class Message(_message.Message):
         The key `langchain` is reserved. In responses it holds what LangChain stored with the message
         and what has no field here (`additional_kwargs`, `response_metadata`, `artifact`, the original
         `type`, …), and it is stored again when the message is appended. A value in there that a
-        Struct cannot hold exactly is given as `{"$json": "<its JSON text>"}`.
+        Struct cannot hold exactly is given as `{"$json": "<its JSON text>"}`. JSON texts here, in
+        `parts` and in `arguments` are Python's: they may hold NaN, Infinity and lone surrogates, which
+        appear as U+FFFD in texts.
         """
 
     def __init__(
@@ -362,7 +364,7 @@ class ContentPart(_message.Message):
     text: _builtins.str
     """A text."""
     json: _builtins.str
-    """Any other piece: its JSON text, an object with a `type`, or a string. Other JSON is refused."""
+    """Any other piece: its JSON text, an object or a string. Other JSON is refused."""
     @_builtins.property
     def image_url(self) -> Global___ImageUrl:
         """An image that the provider fetches."""
