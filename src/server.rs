@@ -140,21 +140,19 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
     let memory = ChatMemoryServer::new(service.clone())
         .max_decoding_message_size(REQUEST_BYTES_MAX)
         .max_encoding_message_size(usize::MAX);
-    let mut routes = Routes::new(memory).add_service(health);
-    for reflection in [true, false] {
-        let builder = tonic_reflection::server::Builder::configure()
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             // So that grpcurl shows the details of errors.
-            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET);
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+    };
+    let routes = Routes::new(memory)
+        .add_service(health)
+        .add_service(reflection().build_v1().map_err(io::Error::other)?)
         // Clients older than 2023, and some newer ones, ask for v1alpha only.
-        routes = if reflection {
-            routes.add_service(builder.build_v1().map_err(io::Error::other)?)
-        } else {
-            routes.add_service(builder.build_v1alpha().map_err(io::Error::other)?)
-        };
-    }
-    let routes = routes.prepare();
+        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?)
+        .prepare();
 
     let stop_accepting = CancellationToken::new();
     let mut serving = JoinSet::new();

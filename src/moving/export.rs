@@ -8,14 +8,14 @@ use std::{
 };
 
 use super::{
-    Failure, PAGE_BYTES_MAX, PAGE_ELEMENTS_MAX,
+    Failure,
     lines::{Header, Line, Totals, VERSION, read_line},
     open, patiently,
     progress::Progress,
 };
 use crate::{
     config::{ExportArgs, Problems},
-    message::SessionId,
+    message::{PAGE_BYTES_MAX, PAGE_MESSAGES_MAX, SessionId},
     store::{Body, Cursor, List, Order, Read, Store},
 };
 
@@ -113,7 +113,7 @@ impl Export<'_> {
             after: 0,
             before: None,
             last: None,
-            limit: PAGE_ELEMENTS_MAX,
+            limit: PAGE_MESSAGES_MAX,
             bytes_max: PAGE_BYTES_MAX,
         };
         let id = session.to_string();

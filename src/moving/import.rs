@@ -13,14 +13,17 @@ use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    Failure, PAGE_BYTES_MAX, PAGE_ELEMENTS_MAX,
+    Failure,
     lines::{self, Line, VERSION, read_line},
     open, patiently,
     progress::Progress,
 };
 use crate::{
     config::ImportArgs,
-    message::{BATCH_BYTES_MAX, BATCH_MESSAGES_MAX, SessionId, UnixMillis, now_ms},
+    message::{
+        BATCH_BYTES_MAX, BATCH_MESSAGES_MAX, PAGE_BYTES_MAX, PAGE_MESSAGES_MAX, SessionId,
+        UnixMillis, now_ms,
+    },
     store::{
         self, Append, Body, ELEMENT_BYTES_MAX, Element, Epoch, Order, Read, RequestKey, Sequence,
         Store,
@@ -360,7 +363,7 @@ impl Target {
             after: self.after,
             before: None,
             last: None,
-            limit: PAGE_ELEMENTS_MAX,
+            limit: PAGE_MESSAGES_MAX,
             bytes_max: PAGE_BYTES_MAX,
         };
         let page = patiently(|| store.read(&self.session, read)).await?;

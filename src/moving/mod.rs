@@ -25,11 +25,6 @@ pub mod import;
 pub mod lines;
 pub mod progress;
 
-/// Elements of a session that are in memory at a time, at most; and their bytes, except that one
-/// element always is.
-const PAGE_ELEMENTS_MAX: usize = 1_000;
-const PAGE_BYTES_MAX: usize = 3 << 20;
-
 /// How long to wait for Redis at the start, when the address may be wrong.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// How long a store may be away before a command gives up: a restart takes seconds.
