@@ -125,6 +125,9 @@ impl Error {
                         .with("last_sequence", actual)
                 }
                 store::Error::Cleared => Verdict::new(Aborted, "SESSION_CLEARED"),
+                store::Error::LeaseLost => {
+                    Verdict::new(Unavailable, "TURN_MOVED").retry(RETRY_DELAY)
+                }
                 store::Error::RequestReused => Verdict::new(InvalidArgument, REUSED),
                 store::Error::WrongKeyType { key } => {
                     Verdict::new(FailedPrecondition, "WRONG_KEY_TYPE").with("key", key)

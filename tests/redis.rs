@@ -10,6 +10,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use chat_memory::message::SessionId;
 use chat_memory::store::redis::{InvalidSettings, Redis as RedisStore, Settings};
+use chat_memory::store::turns::{
+    BeginTurn, Begun, Chunk, EndTurn, FollowTurn, KeepTurn, Lease, Leased, Stop, TakeTurn, Taken,
+    Token, TurnId, TurnState, TurnStore as _,
+};
 use chat_memory::store::{
     Append, Appended, Body, ELEMENT_BYTES_MAX, Epoch, Error, Order, Page, REQUEST_MEMORY_MS, Read,
     RequestKey, Store as _, TOMBSTONE_MS,
@@ -32,6 +36,8 @@ const REQUESTS: [&str; 2] = [
     "{message_store:s}:requests:0",
     "{message_store:s}:requests:1",
 ];
+const TURNS: &str = "{message_store:s}:turns";
+const RUNNING: &str = "{message_store:}:running";
 
 fn session() -> SessionId {
     SessionId::parse("s").unwrap()
@@ -895,13 +901,349 @@ fn check_page(page: &Page, read: Read, all: &[(i64, usize)], newest: i64) {
     assert!(page.after >= read.after);
 }
 
+// Turns.
+
+const TOKEN: Token = Token([1; 16]);
+const LEASE: Lease = Lease {
+    token: TOKEN,
+    lease_ms: 30_000,
+    retention_ms: 600_000,
+    reserve: 100,
+};
+
+fn turn(name: &str) -> TurnId {
+    RequestKey::new("turn", name, b"body").id
+}
+
+fn beginning(name: &str) -> BeginTurn {
+    BeginTurn {
+        key: RequestKey::new("turn", name, b"body"),
+        name: name.to_owned(),
+        request: Bytes::from_static(b"secret question"),
+        lease: LEASE,
+        waits: false,
+    }
+}
+
+fn chunk(index: u32) -> Option<Chunk> {
+    let bytes = Bytes::from_static(b"secret chunk");
+    Some(Chunk { index, bytes })
+}
+
+fn keeping(name: &str, token: Token) -> KeepTurn {
+    KeepTurn {
+        turn: turn(name),
+        lease: Lease { token, ..LEASE },
+        chunk: chunk(0),
+        last_event: 1,
+    }
+}
+
+fn ending(name: &str, token: Token, elements: &[&str]) -> EndTurn {
+    EndTurn {
+        turn: turn(name),
+        token,
+        retention_ms: LEASE.retention_ms,
+        chunk: chunk(1),
+        elements: elements
+            .iter()
+            .map(|element| Bytes::copy_from_slice(element.as_bytes()))
+            .collect(),
+        time_ms: 1_763_910_000_123,
+        outcome: Bytes::from_static(b"secret outcome"),
+    }
+}
+
+fn taking(name: &str, token: Token) -> TakeTurn {
+    TakeTurn {
+        turn: turn(name),
+        lease: Lease { token, ..LEASE },
+        by_force: false,
+        tries_max: 3,
+        outcome: Bytes::from_static(b"gave up"),
+    }
+}
+
+async fn begin(store: &RedisStore, begin: BeginTurn) -> Leased {
+    match store.begin_turn(&session(), begin).await {
+        Ok(Begun::Leased(leased)) => leased,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_turn_on_a_list_that_others_deleted_stores_nothing_and_goes() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    begin(&store, beginning("t")).await;
+    store
+        .keep_turn(&session(), keeping("t", TOKEN))
+        .await
+        .unwrap();
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+    let ended = store
+        .end_turn(&session(), ending("t", TOKEN, &["q", "a"]))
+        .await;
+    assert_eq!(ended, Err(Error::Cleared));
+    assert_eq!(keys(&redis).await, [FACTS]);
+    assert_eq!(show(&read(&store).await), "");
+
+    // A list that others pushed to and deleted during the turn.
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    begin(&store, beginning("t")).await;
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+    // What begins now finds nothing of the turn before.
+    let leased = begin(&store, beginning("u")).await;
+    assert_eq!((leased.attempt, leased.first_event), (1, 1));
+    let kept = store.keep_turn(&session(), keeping("t", TOKEN)).await;
+    assert_eq!(kept, Err(Error::Cleared));
+}
+
+#[tokio::test]
+async fn nothing_of_turns_stays_after_a_clear() {
+    let (redis, store) = start().await;
+    begin(&store, beginning("done")).await;
+    store
+        .end_turn(&session(), ending("done", TOKEN, &["q", "a"]))
+        .await
+        .unwrap();
+    begin(&store, beginning("t")).await;
+    store
+        .keep_turn(&session(), keeping("t", TOKEN))
+        .await
+        .unwrap();
+    assert_eq!(store.clear(&session()).await, Ok(2));
+    assert_eq!(keys(&redis).await, [FACTS, RUNNING]);
+    let ended = store
+        .end_turn(&session(), ending("t", TOKEN, &["q", "a"]))
+        .await;
+    assert_eq!(ended, Err(Error::Cleared));
+    assert_eq!(keys(&redis).await, [FACTS]);
+}
+
+#[tokio::test]
+async fn the_index_of_running_turns_loses_what_does_not_run_and_keeps_what_does() {
+    let (redis, store) = start().await;
+    let orphans = async || store.orphaned_turns(10).await.unwrap();
+    let age = async || {
+        for entry in redis
+            .command::<Vec<Vec<u8>>>(&["ZRANGE", RUNNING, "0", "-1"])
+            .await
+        {
+            let mut zadd = redis::cmd("ZADD");
+            zadd.arg(RUNNING).arg(1).arg(entry);
+            let mut client = redis.client().await.unwrap();
+            let _: i64 = zadd.query_async(&mut client).await.unwrap();
+        }
+    };
+    begin(&store, beginning("t")).await;
+    assert_eq!(orphans().await, [], "it has just begun");
+    age().await;
+    let named = [(session(), turn("t"))];
+    assert_eq!(orphans().await, named);
+
+    // Somebody has it: later.
+    let other = Token([2; 16]);
+    let taken = store.take_turn(&session(), taking("t", other)).await;
+    assert_eq!(taken, Ok(Taken::Held));
+    assert_eq!(orphans().await, []);
+
+    // Another call that is refused leaves it, and leaves none of its own.
+    let busy = store.begin_turn(&session(), beginning("u")).await;
+    assert!(matches!(busy, Ok(Begun::Busy { .. })), "{busy:?}");
+    assert_eq!(redis.command::<i64>(&["ZCARD", RUNNING]).await, 1);
+    // The same turn, elsewhere, brings it back.
+    let _: i64 = redis.command(&["DEL", RUNNING]).await;
+    let mut same = beginning("t");
+    same.lease.token = other;
+    let exists = store.begin_turn(&session(), same).await;
+    assert!(matches!(exists, Ok(Begun::Exists(_))), "{exists:?}");
+    age().await;
+    assert_eq!(orphans().await, named);
+
+    // Its session is gone.
+    let _: i64 = redis.command(&["DEL", TURNS]).await;
+    let taken = store.take_turn(&session(), taking("t", other)).await;
+    assert_eq!(taken, Ok(Taken::Gone));
+    assert!(keys(&redis).await.is_empty());
+
+    // One that its holder has given up is named at once.
+    begin(&store, beginning("t")).await;
+    let mut keep = keeping("t", TOKEN);
+    keep.lease.lease_ms = 0;
+    store.keep_turn(&session(), keep).await.unwrap();
+    assert_eq!(orphans().await, named);
+    let taken = store.take_turn(&session(), taking("t", other)).await;
+    let Ok(Taken::Leased(leased)) = taken else {
+        panic!("{taken:?}");
+    };
+    assert_eq!(
+        (leased.attempt, leased.first_event, leased.next_chunk),
+        (2, 102, 1)
+    );
+    assert_eq!(&leased.request[..], b"secret question");
+    let ended = store.end_turn(&session(), ending("t", TOKEN, &[])).await;
+    assert_eq!(ended, Err(Error::LeaseLost));
+    store
+        .end_turn(&session(), ending("t", other, &[]))
+        .await
+        .unwrap();
+    assert_eq!(redis.command::<i64>(&["EXISTS", RUNNING]).await, 0);
+}
+
+#[tokio::test]
+async fn old_turns_are_forgotten_by_those_that_begin() {
+    let (redis, store) = start().await;
+    for number in 0..20 {
+        let name = format!("t{number}");
+        begin(&store, beginning(&name)).await;
+        store
+            .keep_turn(&session(), keeping(&name, TOKEN))
+            .await
+            .unwrap();
+        let mut end = ending(&name, TOKEN, &["q", "a"]);
+        end.retention_ms = 1;
+        store.end_turn(&session(), end).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    // `running`, `line`, `first_turn`, `last_turn`; of the last turn its record, its two chunks and
+    // its ordinal.
+    assert_eq!(redis.command::<i64>(&["HLEN", TURNS]).await, 8);
+    let left = pttl(&redis, TURNS).await;
+    assert_close(left, LEASE.lease_ms + LEASE.retention_ms);
+
+    // With a list that expires, they go when it does, but not while one runs.
+    let _: i64 = redis.command(&["EXPIRE", LIST, "60"]).await;
+    begin(&store, beginning("t")).await;
+    assert_close(
+        pttl(&redis, TURNS).await,
+        LEASE.lease_ms + LEASE.retention_ms,
+    );
+    store
+        .end_turn(&session(), ending("t", TOKEN, &["q"]))
+        .await
+        .unwrap();
+    assert_close(pttl(&redis, TURNS).await, 60_000);
+    let mut long = beginning("u");
+    long.lease.retention_ms = 24 * LINGER_MS;
+    begin(&store, long).await;
+    assert_close(pttl(&redis, TURNS).await, LINGER_MS);
+}
+
+#[tokio::test]
+async fn a_redis_without_memory_ends_no_turn_and_one_that_forgot_the_scripts_does() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    begin(&store, beginning("t")).await;
+    let before = contents(&redis).await;
+    let _: Value = redis.command(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    for elements in [&["q", "a"][..], &[]] {
+        let ended = store
+            .end_turn(&session(), ending("t", TOKEN, elements))
+            .await;
+        assert!(matches!(ended, Err(Error::Full(_))), "{ended:?}");
+    }
+    let kept = store.keep_turn(&session(), keeping("t", TOKEN)).await;
+    assert!(matches!(kept, Err(Error::Full(_))), "{kept:?}");
+    let begun = store.begin_turn(&session(), beginning("u")).await;
+    assert!(matches!(begun, Err(Error::Full(_))), "{begun:?}");
+    let follow = FollowTurn {
+        turn: turn("t"),
+        from_chunk: 0,
+        bytes_max: 1,
+        is_noted: true,
+    };
+    let followed = store
+        .follow_turn(&session(), follow)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(followed.state, TurnState::Running { is_expired: false });
+    assert_eq!(contents(&redis).await, before);
+
+    let _: Value = redis.command(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    for index in 0..2 {
+        let _: Value = redis.command(&["SCRIPT", "FLUSH"]).await;
+        let mut keep = keeping("t", TOKEN);
+        keep.chunk = chunk(index);
+        store.keep_turn(&session(), keep).await.unwrap();
+        let followed = store
+            .follow_turn(&session(), follow)
+            .await
+            .unwrap()
+            .unwrap();
+        let counts = (followed.chunks.len(), followed.next_chunk, followed.more);
+        assert_eq!(counts, (1, 1, index == 1));
+    }
+    let stopped = store.stop_turn(&session(), None, Stop::Keep).await.unwrap();
+    assert_eq!(stopped.unwrap().name, "t");
+    let kept = store
+        .keep_turn(&session(), keeping("t", TOKEN))
+        .await
+        .unwrap();
+    assert_eq!(kept.stop, Some(Stop::Keep));
+    assert!(kept.followed_ms_ago.is_some());
+    let _: Value = redis.command(&["SCRIPT", "FLUSH"]).await;
+    let mut end = ending("t", TOKEN, &["q", "a"]);
+    end.chunk = chunk(2);
+    let first = store.end_turn(&session(), end.clone()).await.unwrap();
+    let TurnState::Completed { appended, .. } = &first else {
+        panic!("{first:?}");
+    };
+    assert_eq!((appended.first_sequence, appended.count), (2, 2));
+    assert_eq!(store.end_turn(&session(), end).await, Ok(first));
+    assert_eq!(show(&read(&store).await), "1:a 2:q 3:a");
+}
+
+#[tokio::test]
+async fn those_who_wait_have_the_turn_in_order() {
+    let (_redis, store) = start().await;
+    let waiting = |name| BeginTurn {
+        waits: true,
+        ..beginning(name)
+    };
+    let before = async |name| match store.begin_turn(&session(), waiting(name)).await {
+        Ok(Begun::Waiting {
+            before,
+            expired: None,
+        }) => before,
+        other => panic!("{other:?}"),
+    };
+    begin(&store, beginning("t")).await;
+    assert_eq!(
+        (before("u").await, before("v").await, before("u").await),
+        (0, 1, 0)
+    );
+    store
+        .end_turn(&session(), ending("t", TOKEN, &[]))
+        .await
+        .unwrap();
+    assert_eq!(before("v").await, 1);
+    begin(&store, waiting("u")).await;
+    assert_eq!(before("v").await, 0);
+    store
+        .end_turn(&session(), ending("u", TOKEN, &[]))
+        .await
+        .unwrap();
+    begin(&store, waiting("v")).await;
+    store
+        .end_turn(&session(), ending("v", TOKEN, &[]))
+        .await
+        .unwrap();
+    let anew = begin(&store, beginning("t")).await;
+    assert_eq!(
+        (anew.attempt, anew.first_event, anew.next_chunk),
+        (2, 101, 0)
+    );
+}
+
 // What Redis refuses.
 
 #[tokio::test]
 async fn a_key_of_another_type_is_named_and_left_alone() {
     let fill: [&[&str]; 3] = [&["SET", "value"], &["HSET", "f", "v"], &["ZADD", "1", "m"]];
     let (redis, store) = start().await;
-    for key in [LIST, FACTS, REQUESTS[0], REQUESTS[1]] {
+    for key in [LIST, FACTS, REQUESTS[0], REQUESTS[1], TURNS] {
         for words in fill {
             let is_own_type = key != LIST && words[0] == "HSET";
             if is_own_type {
@@ -917,9 +1259,19 @@ async fn a_key_of_another_type_is_named_and_left_alone() {
             let refused = Error::WrongKeyType {
                 key: key.to_owned(),
             };
-            let result = store.append(&session(), appending(&["b"])).await;
-            assert_eq!(result, Err(refused.clone()), "{command:?}");
             let result = store.clear(&session()).await;
+            assert_eq!(result, Err(refused.clone()), "{command:?}");
+            if !REQUESTS.contains(&key) {
+                let result = store.end_turn(&session(), ending("t", TOKEN, &["b"])).await;
+                assert_eq!(result, Err(refused.clone()), "{command:?}");
+            }
+            if key == TURNS {
+                let result = store.keep_turn(&session(), keeping("t", TOKEN)).await;
+                assert_eq!(result, Err(refused.clone()), "{command:?}");
+                assert_eq!(contents(&redis).await, before);
+                continue;
+            }
+            let result = store.append(&session(), appending(&["b"])).await;
             assert_eq!(result, Err(refused.clone()), "{command:?}");
             if !REQUESTS.contains(&key) {
                 let result = store.read(&session(), ALL).await;

@@ -109,6 +109,7 @@ fn is_of_one_session(error: &store::Error) -> bool {
     match error {
         store::Error::SequenceMismatch { .. }
         | store::Error::Cleared
+        | store::Error::LeaseLost
         | store::Error::RequestReused
         | store::Error::WrongKeyType { .. }
         | store::Error::Corrupt(_) => true,

@@ -29,6 +29,11 @@ pub enum Error {
     #[error("the session was cleared meanwhile")]
     Cleared,
 
+    /// The caller's lease of a turn is not the turn's any more: somebody else has it, or has ended
+    /// the turn.
+    #[error("another server has taken the turn")]
+    LeaseLost,
+
     /// The request id was used for another request.
     #[error("the request id was used for another request")]
     RequestReused,

@@ -10,10 +10,13 @@ use tokio::sync::watch;
 
 use crate::message::{SessionId, UnixMillis};
 
+pub mod ledger;
 pub mod redis;
 pub mod sqlite;
+pub mod turns;
 
 pub use error::Error;
+pub use turns::TurnStore;
 
 mod error;
 
@@ -61,7 +64,7 @@ pub const TOMBSTONE_MS: i64 = 30 * 24 * 60 * 60 * 1000;
 /// - **Bounded.** Every call ends in bounded time, with [`Error::Unavailable`] if need be, and a
 ///   read costs what it returns, whatever the session's length.
 #[async_trait]
-pub trait Store: Send + Sync + 'static {
+pub trait Store: TurnStore {
     /// Adds elements at the end of a session.
     async fn append(&self, session: &SessionId, append: Append) -> Result<Appended>;
 

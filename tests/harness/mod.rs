@@ -9,4 +9,5 @@ pub mod proxy;
 pub mod redis;
 pub mod server;
 pub mod stores;
+pub mod turns;
 pub mod wait;

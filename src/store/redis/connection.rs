@@ -275,6 +275,15 @@ fn check_info(info: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// The first error of several commands', as it is when a command is sent alone.
+fn first_of(error: RedisError) -> RedisError {
+    let errors = error.clone().into_server_errors();
+    match errors.as_deref() {
+        Some([(_, first), ..]) => first.clone().into(),
+        _ => error,
+    }
+}
+
 /// Says what went wrong, without what was sent.
 pub(super) fn explain(error: &RedisError) -> String {
     let text = match (error.kind(), error.code(), error.detail()) {
@@ -408,8 +417,8 @@ impl Connection {
         }
     }
 
-    /// Runs plain commands that only read; twice, like a script, if the answer does not come. Says
-    /// also which run of Redis answered.
+    /// Runs plain commands that may be run twice: twice, like a script, if the answer does not come.
+    /// Says also which run of Redis answered.
     pub(super) async fn query(
         &self,
         commands: &redis::Pipeline,
@@ -418,10 +427,11 @@ impl Connection {
         loop {
             let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
             let mut connection = live.connection.clone();
-            let answer = self
-                .settle(&live, commands.query_async(&mut connection))
-                .await;
-            match answer {
+            let answer = async {
+                let answer = commands.query_async(&mut connection).await;
+                answer.map_err(first_of)
+            };
+            match self.settle(&live, answer).await {
                 Ok(values) => return Ok((values, live.run_id)),
                 Err(Failure::NoAnswer(_)) if !is_second => is_second = true,
                 Err(failure) => return Err(failure),

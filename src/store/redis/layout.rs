@@ -3,6 +3,7 @@
 use redis::Script;
 
 use crate::message::SessionId;
+use crate::store::turns::{FOLLOWED_EVERY_MS, PLACE_MS, WAITING_MAX};
 use crate::store::{REQUEST_MEMORY_MS, TOMBSTONE_MS};
 
 /// How long the facts of a session that was cleared outlive its list, in ms: longer than any turn
@@ -17,21 +18,28 @@ const LINGER_MS: i64 = 60 * 60 * 1000;
 /// another's list.
 pub(super) struct Keys {
     list: String,
-    companions: [String; 3],
+    companions: [String; 4],
 }
 
 impl Keys {
     pub(super) fn new(prefix: &str, session: &SessionId) -> Self {
         let list = format!("{prefix}{session}");
-        let companions =
-            ["session", "requests:0", "requests:1"].map(|name| format!("{{{list}}}:{name}"));
+        let companions = ["session", "requests:0", "requests:1", "turns"]
+            .map(|name| format!("{{{list}}}:{name}"));
         Self { list, companions }
     }
 
-    pub(super) fn in_order(&self) -> [&str; 4] {
-        let [session, even_requests, odd_requests] = &self.companions;
-        [&self.list, session, even_requests, odd_requests]
+    pub(super) fn in_order(&self) -> [&str; 5] {
+        let [session, even_requests, odd_requests, turns] = &self.companions;
+        [&self.list, session, even_requests, odd_requests, turns]
     }
+}
+
+/// The key that names the turns that run, of all sessions: a sorted set, each turn with the time (ms)
+/// to look whether somebody has it still. It lies in a slot of its own, so that no script has it; no
+/// session has its name, for the session in it would have none.
+pub(super) fn running_key(prefix: &str) -> String {
+    format!("{{{prefix}}}:running")
 }
 
 /// The pattern of SCAN that matches what begins with this text, whatever is in it.
@@ -54,6 +62,12 @@ pub(super) struct Scripts {
     pub(super) read: Script,
     pub(super) clear: Script,
     pub(super) expire: Script,
+    pub(super) turn_begin: Script,
+    pub(super) turn_take: Script,
+    pub(super) turn_keep: Script,
+    pub(super) turn_end: Script,
+    pub(super) turn_stop: Script,
+    pub(super) turn_follow: Script,
 }
 
 impl Scripts {
@@ -62,18 +76,26 @@ impl Scripts {
             "local REQUEST_MEMORY_MS, TOMBSTONE_MS, LINGER_MS = \
              {REQUEST_MEMORY_MS}, {TOMBSTONE_MS}, {LINGER_MS}\n"
         );
-        let script = |body: &str| {
-            Script::new(&format!(
-                "{limits}{}{body}",
-                include_str!("scripts/common.lua")
-            ))
-        };
+        let common = format!("{limits}{}", include_str!("scripts/common.lua"));
+        let script = |body: &str| Script::new(&format!("{common}{body}"));
+        let of_turns = format!(
+            "local PLACE_MS, WAITING_MAX, FOLLOWED_EVERY_MS = \
+             {PLACE_MS}, {WAITING_MAX}, {FOLLOWED_EVERY_MS}\n{}",
+            include_str!("scripts/turns.lua")
+        );
+        let turn_script = |body: &str| Script::new(&format!("{common}{of_turns}{body}"));
         Self {
             append: script(include_str!("scripts/append.lua")),
             recall: script(include_str!("scripts/recall.lua")),
             read: script(include_str!("scripts/read.lua")),
             clear: script(include_str!("scripts/clear.lua")),
             expire: script(include_str!("scripts/expire.lua")),
+            turn_begin: turn_script(include_str!("scripts/turn_begin.lua")),
+            turn_take: turn_script(include_str!("scripts/turn_take.lua")),
+            turn_keep: turn_script(include_str!("scripts/turn_keep.lua")),
+            turn_end: turn_script(include_str!("scripts/turn_end.lua")),
+            turn_stop: turn_script(include_str!("scripts/turn_stop.lua")),
+            turn_follow: turn_script(include_str!("scripts/turn_follow.lua")),
         }
     }
 }
@@ -93,7 +115,9 @@ mod tests {
                 "{message_store:a:b}:session",
                 "{message_store:a:b}:requests:0",
                 "{message_store:a:b}:requests:1",
+                "{message_store:a:b}:turns",
             ]
         );
+        assert_eq!(running_key("message_store:"), "{message_store:}:running");
     }
 }

@@ -1,8 +1,9 @@
 //! The Redis store: LangChain's lists, and beside each a few small keys of our own. Every call is
-//! one script, which Redis runs as a whole. Knows no gRPC, no models, and not what the bytes mean.
+//! one script, which Redis runs as a whole (besides it, turns note which of them run). Knows no gRPC, no models, and not what the bytes mean.
 //!
 //! - `scripts/*.lua`: what is kept and what each call does; begin with `common.lua`
 //! - [`layout`]: the names of the keys
+//! - [`turns`]: passes arguments to the scripts on turns and parses what they reply
 //! - [`connection`]: how Redis is reached, and what happens when it is not
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
@@ -26,6 +27,7 @@ use crate::secret::Secret;
 mod connection;
 pub mod inspect;
 mod layout;
+mod turns;
 
 /// LangChain's prefix of keys.
 pub const KEY_PREFIX_DEFAULT: &str = "message_store:";
@@ -97,7 +99,8 @@ pub enum InvalidSettings {
 /// A call takes at most 2 × (1 s + timeout), 6 s by default: twice, it waits up to 1 s for a
 /// connection and up to the timeout for an answer. An append without an answer is repeated once,
 /// under its request key, so it is stored once; [`Appended::repeated`] is then true if the first
-/// attempt had arrived.
+/// attempt had arrived. [`begin_turn`](super::TurnStore::begin_turn) and others that also note which
+/// turns run take up to three times as long.
 ///
 /// If Redis refuses writes (a full disk, a replica), reads still work as long as it answers them.
 pub struct Redis {
@@ -371,6 +374,11 @@ impl Reply {
         };
         reply.word = reply.text()?;
         Ok(reply)
+    }
+
+    /// A reply within this one.
+    fn reply(&mut self) -> Result<Self> {
+        Self::of(self.next())
     }
 
     fn next(&mut self) -> Value {

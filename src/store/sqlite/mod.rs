@@ -27,6 +27,7 @@ pub use open::OpenError;
 
 mod open;
 mod tables;
+mod turns;
 mod writer;
 
 /// How long a connection waits while another program (one of SQLite's tools) writes.

@@ -8,12 +8,13 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
 use super::BUSY_MS_MAX;
+use super::turns::END_LEASES;
 
 /// Marks a file as chat-memory's, in SQLite's header: the letters `CMem`.
 const APPLICATION_ID: i32 = i32::from_be_bytes(*b"CMem");
 
 /// What makes a file of version N + 1 out of one of version N. Only ever grows at its end.
-const MIGRATIONS: [&str; 1] = [include_str!("schema.sql")];
+pub const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema_2.sql")];
 
 /// Why the file cannot be used. For the operator, at start.
 #[derive(Debug, thiserror::Error)]
@@ -274,6 +275,7 @@ fn open_and_migrate(path: &Path, size_bytes_max: Option<u64>) -> Result<Connecti
         step.pragma_update(None, "user_version", index as i64 + 1)?;
         step.commit()?;
     }
+    db.execute(END_LEASES, [])?;
     Ok(db)
 }
 

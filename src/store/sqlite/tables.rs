@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use rusqlite::{CachedStatement, Connection, OptionalExtension as _, named_params};
 
+use super::turns;
 use crate::message::UnixMillis;
 use crate::store::{
     Append, Appended, Body, ELEMENT_BYTES_MAX, Element, Epoch, Error, Order, Page,
@@ -25,6 +26,9 @@ const SESSION: &str = "
 
 const ADD_SESSION: &str = "
     INSERT INTO sessions (key, last_sequence) VALUES (:key, :last_sequence)";
+
+const ADD_EMPTY_SESSION: &str = "
+    INSERT INTO sessions (key, last_sequence, forget_ms) VALUES (:key, 0, :forget_ms)";
 
 const ADVANCE_SESSION: &str = "
     UPDATE sessions SET last_sequence = :last_sequence, forget_ms = NULL WHERE number = :session";
@@ -58,7 +62,9 @@ const PRUNE_SESSIONS: &str = "
     DELETE FROM sessions WHERE number IN
         (SELECT number FROM sessions WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)
     AND NOT EXISTS (SELECT 1 FROM messages WHERE session = number)
-    AND NOT EXISTS (SELECT 1 FROM requests WHERE session = sessions.number)";
+    AND NOT EXISTS (SELECT 1 FROM requests WHERE session = sessions.number)
+    AND NOT EXISTS (SELECT 1 FROM turns WHERE session = sessions.number)
+    AND NOT EXISTS (SELECT 1 FROM turn_line WHERE session = sessions.number)";
 
 const FIRST_IN_RANGE: &str = "
     SELECT min(sequence) FROM messages
@@ -163,8 +169,41 @@ pub fn append(db: &Connection, key: &str, append: &Append, now_ms: UnixMillis) -
         return Err(Error::SequenceMismatch { expected, actual });
     }
 
-    let count = append.elements.len();
-    let last_sequence = actual + count as i64;
+    let (number, appended) = add(db, key, found, &append.elements, append.time_ms)?;
+    db.prepare_cached(ADD_REQUEST)?.execute(named_params! {
+        ":session": number,
+        ":id": append.request.id,
+        ":fingerprint": append.request.fingerprint,
+        ":first_sequence": appended.first_sequence,
+        ":count": appended.count as i64,
+        ":time_ms": append.time_ms,
+        // By the store's own clock, like every comparison with it.
+        ":expires_ms": now_ms.saturating_add(REQUEST_MEMORY_MS),
+    })?;
+    Ok(appended)
+}
+
+/// Adds elements at the end of a session, without conditions.
+pub fn add_messages(
+    db: &Connection,
+    key: &str,
+    elements: &[Bytes],
+    time_ms: UnixMillis,
+) -> Result<Appended> {
+    let (_, appended) = add(db, key, session(db, key)?, elements, time_ms)?;
+    Ok(appended)
+}
+
+/// Adds elements at the end of a session, and the session if there is none. Returns its number.
+fn add(
+    db: &Connection,
+    key: &str,
+    found: Option<Session>,
+    elements: &[Bytes],
+    time_ms: UnixMillis,
+) -> Result<(i64, Appended)> {
+    let last = found.as_ref().map_or(0, |session| session.last_sequence);
+    let last_sequence = last + elements.len() as i64;
     let number = match found {
         Some(session) => {
             let params =
@@ -178,25 +217,27 @@ pub fn append(db: &Connection, key: &str, append: &Append, now_ms: UnixMillis) -
         }
     };
     let mut add_message = db.prepare_cached(ADD_MESSAGE)?;
-    for (element, sequence) in append.elements.iter().zip(actual + 1..) {
+    for (element, sequence) in elements.iter().zip(last + 1..) {
         add_message.execute((number, sequence, element.as_ref()))?;
     }
-    db.prepare_cached(ADD_REQUEST)?.execute(named_params! {
-        ":session": number,
-        ":id": append.request.id,
-        ":fingerprint": append.request.fingerprint,
-        ":first_sequence": actual + 1,
-        ":count": count as i64,
-        ":time_ms": append.time_ms,
-        // By the store's own clock, like every comparison with it.
-        ":expires_ms": now_ms.saturating_add(REQUEST_MEMORY_MS),
-    })?;
-    Ok(Appended {
-        first_sequence: actual + 1,
-        count,
-        time_ms: append.time_ms,
+    let appended = Appended {
+        first_sequence: last + 1,
+        count: elements.len(),
+        time_ms,
         repeated: false,
-    })
+    };
+    Ok((number, appended))
+}
+
+/// The number of a session's row.
+pub fn session_number(db: &Connection, key: &str) -> Result<Option<i64>> {
+    Ok(session(db, key)?.map(|session| session.number))
+}
+
+/// Adds a session without messages, to be forgotten at a time unless it gets some.
+pub fn add_empty_session(db: &Connection, key: &str, forget_ms: UnixMillis) -> Result<i64> {
+    let params = named_params! {":key": key, ":forget_ms": forget_ms};
+    Ok(db.prepare_cached(ADD_EMPTY_SESSION)?.insert(params)?)
 }
 
 pub fn clear(db: &Connection, key: &str, now_ms: UnixMillis) -> Result<i64> {
@@ -210,6 +251,7 @@ pub fn clear(db: &Connection, key: &str, now_ms: UnixMillis) -> Result<i64> {
     let by_session = named_params! {":session": number};
     let deleted = db.prepare_cached(DELETE_MESSAGES)?.execute(by_session)?;
     db.prepare_cached(DELETE_REQUESTS)?.execute(by_session)?;
+    turns::clear(db, number)?;
     let memory_ms = match last_sequence {
         0 => FENCE_MS,
         _ => TOMBSTONE_MS,
@@ -229,10 +271,11 @@ pub fn prune(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
     let requests = db
         .prepare_cached(PRUNE_REQUESTS)?
         .execute(named_params! {":limit": limit, ":now_ms": now_ms})?;
+    let turns = turns::prune(db, now_ms, limit)?;
     let sessions = db
         .prepare_cached(PRUNE_SESSIONS)?
         .execute(named_params! {":limit": limit, ":now_ms": now_ms})?;
-    Ok(requests == PRUNE_ROWS_MAX || sessions == PRUNE_ROWS_MAX)
+    Ok([requests, turns, sessions].contains(&PRUNE_ROWS_MAX))
 }
 
 pub fn recall(
@@ -261,7 +304,7 @@ pub fn sessions(db: &Connection, from: &str, limit: usize) -> Result<Vec<(String
 
 /// Shows all statements of a read the same state. After an error of SQLite, the connection may be
 /// left inside the snapshot and is of no further use.
-fn in_snapshot<T>(db: &Connection, read: impl FnOnce() -> Result<T>) -> Result<T> {
+pub fn in_snapshot<T>(db: &Connection, read: impl FnOnce() -> Result<T>) -> Result<T> {
     db.prepare_cached("BEGIN")?.execute([])?;
     let result = read();
     db.prepare_cached("COMMIT")?.execute([])?;
@@ -392,12 +435,14 @@ impl From<rusqlite::Error> for Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
-    fn plan(statement: &str) -> Vec<String> {
+    pub fn plan(statement: &str) -> Vec<String> {
         let db = Connection::open_in_memory().unwrap();
-        db.execute_batch(include_str!("schema.sql")).unwrap();
+        for migration in crate::store::sqlite::open::MIGRATIONS {
+            db.execute_batch(migration).unwrap();
+        }
         let mut explain = db
             .prepare(&format!("EXPLAIN QUERY PLAN {statement}"))
             .unwrap();

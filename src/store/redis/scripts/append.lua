@@ -19,8 +19,6 @@
 -- writes (memory, disk, a replica) makes it refuse that one, and nothing has happened.
 
 local FIRST_ELEMENT = 6
--- Lua cannot pass more than about 8,000 arguments.
-local CHUNK = 1000
 
 local session, refusal = reconcile()
 if not session then
@@ -44,16 +42,7 @@ if ARGV[4] ~= '' and tonumber(ARGV[4]) ~= session.last then
   return { 'mismatch', session.last }
 end
 
-local first = session.last + 1
-local count = #ARGV - FIRST_ELEMENT + 1
-for from = FIRST_ELEMENT, #ARGV, CHUNK do
-  redis.call('LPUSH', LIST, unpack(ARGV, from, math.min(from + CHUNK - 1, #ARGV)))
-end
-session.length = session.length + count
-session.last = session.last + count
-session.mark = fingerprint(ARGV[#ARGV])
-save(session)
-
+local first, count = push(session, FIRST_ELEMENT)
 record = ARGV[2] .. ARGV[3] .. struct.pack('>I8I4I8', first, count, session.now)
 redis.call('HSET', REQUESTS[day_of(session) % 2], ARGV[1], record)
 expire_requests(session)

@@ -19,6 +19,11 @@ for bucket = 0, 1 do
   end
 end
 
+refusal = refusal_of(redis.pcall('HLEN', TURNS), TURNS)
+if refusal then
+  return refusal
+end
+
 local count = session.length
 -- First, since deleting is allowed when memory has run out, and then so is the rest.
 redis.call('UNLINK', LIST)

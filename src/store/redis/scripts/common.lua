@@ -8,6 +8,7 @@
 --   2  {K}:session      HASH  the facts, below
 --   3  {K}:requests:0   HASH  request id (16 bytes) -> record, of even days
 --   4  {K}:requests:1   HASH  the same, of odd days
+--   5  {K}:turns        HASH  turns: turns.lua says what is in it
 --
 -- Facts (decimal numbers):
 --
@@ -31,7 +32,11 @@
 --   { 'wrong type', key }   the key holds something else
 --   { 'corrupt', key }      the facts make no sense
 
-local LIST, SESSION, REQUESTS = KEYS[1], KEYS[2], { [0] = KEYS[3], [1] = KEYS[4] }
+local LIST, SESSION, REQUESTS, TURNS =
+  KEYS[1], KEYS[2], { [0] = KEYS[3], [1] = KEYS[4] }, KEYS[5]
+
+-- Lua cannot pass more than about 8,000 arguments.
+local CHUNK = 1000
 
 local function decimal(number)
   return string.format('%.0f', number)
@@ -54,6 +59,12 @@ local function refusal_of(reply, key)
   return redis.error_reply(reply.err)
 end
 
+-- Now, in ms since 1970.
+local function clock()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
 -- Reads the facts and compares them with the list. Writes nothing. Returns the session as it is
 -- now, with `is_changed` if the facts need saving and `is_cleared` if the list was deleted by
 -- others or has expired since; or nil and what the script must return.
@@ -69,9 +80,8 @@ local function reconcile()
     return nil, refusal
   end
 
-  local time = redis.call('TIME')
   local session = {
-    now = time[1] * 1000 + math.floor(time[2] / 1000),
+    now = clock(),
     length = length,
     base = 0,
     last = 0,
@@ -170,8 +180,23 @@ local function save(session)
   end
 
   if session.is_cleared then
-    redis.call('UNLINK', REQUESTS[0], REQUESTS[1])
+    redis.call('UNLINK', REQUESTS[0], REQUESTS[1], TURNS)
   end
+end
+
+-- Adds the arguments from this one on at the new end of the session, and saves the facts. Returns
+-- the first sequence, and how many elements these are. LPUSH is its first write.
+local function push(session, first_element)
+  local first = session.last + 1
+  local count = #ARGV - first_element + 1
+  for from = first_element, #ARGV, CHUNK do
+    redis.call('LPUSH', LIST, unpack(ARGV, from, math.min(from + CHUNK - 1, #ARGV)))
+  end
+  session.length = session.length + count
+  session.last = session.last + count
+  session.mark = fingerprint(ARGV[#ARGV])
+  save(session)
+  return first, count
 end
 
 local function day_of(session)
