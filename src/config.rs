@@ -281,6 +281,43 @@ pub struct Serve {
     #[arg(help_heading = "Turns")]
     turn_seconds: Given<u64>,
 
+    /// Seconds after which the turns of a server that has died are run anew by others (1 to 300). A
+    /// server that stalls for longer loses its turns
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_LEASE_SECONDS",
+        value_name = "S",
+        default_value = "10"
+    )]
+    #[arg(help_heading = "Turns")]
+    lease_seconds: Given<u64>,
+
+    /// How long a turn can be followed and is not run twice, from its end on: seconds, or with a
+    /// unit such as `30m`, `24h` or `7d` (1 minute to 30 days). What was asked and said is kept
+    /// beside the session as long
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_TURN_RETENTION",
+        value_name = "TIME",
+        default_value = "24h"
+    )]
+    #[arg(help_heading = "Turns")]
+    turn_retention: Given<Period>,
+
+    /// Run turns whose servers have died although nobody asks for them. With `false`, such a turn
+    /// fails when somebody does
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_ADOPT_TURNS",
+        value_name = "BOOL",
+        default_value = "true",
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
+    #[arg(value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Turns")]
+    #[arg(action = clap::ArgAction::Set)]
+    adopt_turns: bool,
+
     /// Turns that may run at once (1 to 1000000); more are refused with RESOURCE_EXHAUSTED
     #[arg(
         long,
@@ -492,6 +529,9 @@ pub struct Config {
     pub model: ModelConfig,
     pub history_messages: usize,
     pub turn_limit: Duration,
+    pub lease: Duration,
+    pub turn_retention: Duration,
+    pub adopt_turns: bool,
     pub turns_max: usize,
     pub requests_max: usize,
     pub streams_max: u32,
@@ -571,6 +611,15 @@ impl Serve {
                 1..=PAGE_MESSAGES_MAX,
             ),
             turn_limit: seconds(problems.take("--turn-seconds", &self.turn_seconds, 1..=3600)),
+            lease: seconds(problems.take("--lease-seconds", &self.lease_seconds, 1..=300)),
+            turn_retention: problems
+                .take(
+                    "--turn-retention",
+                    &self.turn_retention,
+                    Period(Duration::from_secs(60))..=Period(Duration::from_secs(30 * 24 * 3600)),
+                )
+                .0,
+            adopt_turns: self.adopt_turns,
             turns_max: problems.take("--max-turns", &self.max_turns, 1..=1_000_000),
             requests_max: problems.take("--max-requests", &self.max_requests, 1..=1_000_000),
             streams_max: problems.take("--max-streams", &self.max_streams, 1..=1_000_000),
@@ -735,6 +784,29 @@ impl FromStr for Listen {
         let text = text.replacen("localhost:", "127.0.0.1:", 1);
         let address = text.parse().map(Self::Tcp);
         address.map_err(|_| "must be IP:PORT or unix:/path/to/socket".to_owned())
+    }
+}
+
+/// A length of time: seconds, or numbers with units.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Default)]
+pub struct Period(Duration);
+
+impl FromStr for Period {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(seconds) = text.parse() {
+            return Ok(Self(Duration::from_secs(seconds)));
+        }
+        humantime::parse_duration(text)
+            .map(Self)
+            .map_err(|_| "must be seconds, or a time with a unit such as 90s, 30m, 24h".to_owned())
+    }
+}
+
+impl fmt::Display for Period {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        humantime::format_duration(self.0).fmt(f)
     }
 }
 

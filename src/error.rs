@@ -3,8 +3,9 @@
 //! Every status carries `google.rpc` details: an `ErrorInfo` with a stable reason, a `BadRequest`
 //! where a field is at fault, a `RetryInfo` where a retry helps.
 
-use std::{collections::HashMap, time::Duration};
+use std::{borrow::Cow, collections::HashMap, time::Duration};
 
+use serde::{Deserialize, Serialize};
 use tonic::{Code, Status, body::Body};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
@@ -45,6 +46,26 @@ pub enum Error {
     #[error("the session has a running turn: {turn_id}")]
     TurnInProgress { turn_id: String },
 
+    #[error("the session has no turn {turn_id:?}")]
+    TurnNotFound { turn_id: String },
+
+    /// It was asked to stop, and nothing of it is stored.
+    #[error("the turn was stopped before there was an answer, or its answer was discarded")]
+    TurnStopped,
+
+    #[error("the servers that ran the turn died, each time it was tried")]
+    TurnAbandoned,
+
+    #[error("too many calls wait for their turn on this session")]
+    LineFull,
+
+    #[error("no turn of others ended within {} seconds", .limit.as_secs())]
+    WaitedTooLong { limit: Duration },
+
+    /// What the record of a failed turn says.
+    #[error("{}", .0.message)]
+    Recorded(Box<Recorded>),
+
     #[error("the turn took longer than {} seconds", .limit.as_secs())]
     TurnTooLong { limit: Duration },
 
@@ -70,6 +91,37 @@ pub enum Error {
     Internal,
 }
 
+/// A failure, as it is kept with a turn.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// The number of the gRPC code.
+    code: i32,
+    reason: String,
+    message: String,
+    #[serde(default, skip_serializing_if = "HashMap::is_empty")]
+    metadata: HashMap<String, String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    retry_ms: Option<u64>,
+    /// The field at fault, and its rule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    field: Option<(String, String)>,
+}
+
+impl Recorded {
+    /// What is kept of an error.
+    pub fn of(error: &Error) -> Self {
+        let verdict = error.verdict();
+        Self {
+            code: verdict.code.into(),
+            reason: verdict.reason.into_owned(),
+            message: error.to_string(),
+            metadata: verdict.metadata,
+            retry_ms: verdict.retry.map(|after| after.as_millis() as u64),
+            field: error.field().map(|(field, rule)| (field.to_owned(), rule)),
+        }
+    }
+}
+
 const UNKNOWN: &str = "; the write may have been stored: repeat the call with the same id";
 
 const REUSED: &str = "REQUEST_ID_REUSED";
@@ -77,7 +129,7 @@ const REUSED: &str = "REQUEST_ID_REUSED";
 /// What a client is told.
 struct Verdict {
     code: Code,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     metadata: HashMap<String, String>,
     retry: Option<Duration>,
 }
@@ -86,7 +138,7 @@ impl Verdict {
     fn new(code: Code, reason: &'static str) -> Self {
         Self {
             code,
-            reason,
+            reason: Cow::Borrowed(reason),
             metadata: HashMap::new(),
             retry: None,
         }
@@ -162,6 +214,23 @@ impl Error {
             Self::TurnInProgress { turn_id } => Verdict::new(Aborted, "TURN_IN_PROGRESS")
                 .with("turn_id", turn_id)
                 .retry(RETRY_DELAY),
+            Self::TurnNotFound { turn_id } => {
+                Verdict::new(NotFound, "TURN_NOT_FOUND").with("turn_id", turn_id)
+            }
+            Self::TurnStopped => Verdict::new(Aborted, "TURN_STOPPED"),
+            Self::TurnAbandoned => Verdict::new(Unavailable, "TURN_ABANDONED").retry(RETRY_DELAY),
+            Self::LineFull => {
+                Verdict::new(ResourceExhausted, "TOO_MANY_WAITING").retry(RETRY_DELAY)
+            }
+            Self::WaitedTooLong { .. } => {
+                Verdict::new(Aborted, "TURN_IN_PROGRESS").retry(RETRY_DELAY)
+            }
+            Self::Recorded(recorded) => Verdict {
+                code: recorded.code.into(),
+                reason: Cow::Owned(recorded.reason.clone()),
+                metadata: recorded.metadata.clone(),
+                retry: recorded.retry_ms.map(Duration::from_millis),
+            },
             Self::TurnTooLong { .. } => Verdict::new(DeadlineExceeded, "TURN_TOO_LONG"),
             Self::AnswerTooLarge { .. } => Verdict::new(ResourceExhausted, "ANSWER_TOO_LARGE"),
             Self::HistoryTooLarge { .. } => Verdict::new(ResourceExhausted, "HISTORY_TOO_LARGE"),
@@ -185,7 +254,7 @@ impl Error {
     }
 
     /// The stable reason, as `ErrorInfo` has it. It holds nothing of what the client sent.
-    pub fn reason(&self) -> &'static str {
+    pub fn reason(&self) -> Cow<'static, str> {
         self.verdict().reason
     }
 
@@ -198,6 +267,10 @@ impl Error {
                 Some(("model", error.to_string()))
             }
             Self::RequestReused { field } => Some((field, self.to_string())),
+            Self::Recorded(recorded) => {
+                let (field, rule) = recorded.field.as_ref()?;
+                Some((field, rule.clone()))
+            }
             _ => None,
         }
     }
@@ -213,7 +286,7 @@ impl From<Error> for Status {
         message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
 
         let mut details = ErrorDetails::new();
-        details.set_error_info(verdict.reason, DOMAIN, verdict.metadata);
+        details.set_error_info(verdict.reason.clone(), DOMAIN, verdict.metadata);
         if let Some((field, rule)) = error.field() {
             details.add_bad_request_violation(field, rule);
         }

@@ -355,7 +355,7 @@ pub struct ToolCall {
 }
 
 /// Tokens, as the provider counted them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Usage {
     pub input_tokens: i64,
     pub output_tokens: i64,

@@ -21,8 +21,8 @@ use crate::{
     },
     model::Prompt,
     pb,
-    store::{self, Append, RequestKey, Store},
-    turn::{Ask, Event, Follower, Turns},
+    store::{self, Append, RequestKey, Store, turns::Stop},
+    turn::{Ask, Call, Event, Follower, OnConflict, Turns},
     wire::{self, Refusal},
 };
 
@@ -147,25 +147,57 @@ impl pb::chat_memory_server::ChatMemory for Service {
     ) -> Result<Response<ChatStream>, Status> {
         let call = self.calls.token();
         let deadline = deadline(request.metadata());
-        let ask = parse_ask(request.into_inner(), deadline)?;
+        let chat = parse_call(request.into_inner())?;
 
-        let follower = self.turns.start(ask)?;
+        let follower = until(deadline, self.turns.chat(chat)).await??;
 
-        Ok(Response::new(Box::pin(events(follower, call))))
+        Ok(Response::new(Box::pin(events(follower, deadline, call))))
+    }
+
+    async fn stop_chat(
+        &self,
+        request: Request<pb::StopChatRequest>,
+    ) -> Result<Response<pb::StopChatResponse>, Status> {
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let request = request.into_inner();
+        let session = SessionId::parse(request.session_id).map_err(Error::from)?;
+        check_name("turn_id", &request.turn_id, NAME_BYTES_MAX).map_err(Error::from)?;
+        let turn = Some(request.turn_id).filter(|id| !id.is_empty());
+        let turn = turn.map(|id| (RequestKey::new("turn", &id, &[]).id, id));
+        let stop = match request.discard {
+            true => Stop::Discard,
+            false => Stop::Keep,
+        };
+
+        let stopped = until(deadline, self.turns.stop(&session, turn, stop)).await?;
+        let (turn_id, messages) = stopped?;
+
+        Ok(Response::new(pb::StopChatResponse {
+            turn_id,
+            messages: messages
+                .iter()
+                .map(|(sequence, message)| wire::render_message(*sequence, message))
+                .collect(),
+        }))
     }
 }
 
-/// The events of a turn, as a stream that ends with the turn.
+/// The events of a turn, as a stream that ends with the turn, or with the caller's deadline.
 fn events(
     follower: Follower,
+    deadline: Option<Instant>,
     call: TaskTrackerToken,
 ) -> impl Stream<Item = Result<pb::ChatResponse, Status>> + Send {
-    stream::unfold((follower, call), |(mut follower, call)| async {
-        let event = match follower.next().await? {
-            Ok((number, event)) => Ok(render_event(number, event)),
-            Err(error) => Err(Status::from(error)),
-        };
-        Some((event, (follower, call)))
+    stream::unfold(Some((follower, call)), move |state| async move {
+        let (mut follower, call) = state?;
+        match until(deadline, follower.next()).await {
+            Ok(None) => None,
+            Ok(Some(Ok((number, event)))) => {
+                Some((Ok(render_event(number, event)), Some((follower, call))))
+            }
+            Ok(Some(Err(error))) | Err(error) => Some((Err(error.into()), None)),
+        }
     })
 }
 
@@ -216,32 +248,51 @@ fn id_or_new(field: &str, id: String) -> Result<String, Error> {
     Ok(id)
 }
 
-fn parse_ask(mut request: pb::ChatRequest, deadline: Option<Instant>) -> Result<Ask, Error> {
+fn parse_call(mut request: pb::ChatRequest) -> Result<Call, Error> {
     // What may differ when a turn is asked for again is not part of what is asked.
     let turn_id = std::mem::take(&mut request.turn_id);
     let resume_after = std::mem::take(&mut request.resume_after);
     let on_conflict = std::mem::take(&mut request.on_conflict);
     let on_disconnect = std::mem::take(&mut request.on_disconnect);
-    let body = request.encode_to_vec();
-    let session = SessionId::parse(request.session_id)?;
+    let session = SessionId::parse(request.session_id.clone())?;
     if resume_after < 0 {
         return Err(Violation::new("resume_after", "must be 0 or more").into());
     }
-    if resume_after != 0 {
-        return Err(not_implemented("resume_after"));
-    }
-    match pb::OnConflict::try_from(on_conflict) {
-        Ok(pb::OnConflict::Unspecified | pb::OnConflict::Reject) => {}
-        Ok(pb::OnConflict::Queue | pb::OnConflict::Supersede) => {
-            return Err(not_implemented("on_conflict"));
-        }
+    let on_conflict = match pb::OnConflict::try_from(on_conflict) {
+        Ok(pb::OnConflict::Unspecified | pb::OnConflict::Reject) => OnConflict::Reject,
+        Ok(pb::OnConflict::Queue) => OnConflict::Wait,
+        Ok(pb::OnConflict::Supersede) => OnConflict::Supersede,
         Err(_) => return Err(Violation::new("on_conflict", "is not one of its values").into()),
-    }
+    };
     let stop_on_disconnect = match pb::OnDisconnect::try_from(on_disconnect) {
         Ok(pb::OnDisconnect::Unspecified | pb::OnDisconnect::Continue) => false,
         Ok(pb::OnDisconnect::Stop) => true,
         Err(_) => return Err(Violation::new("on_disconnect", "is not one of its values").into()),
     };
+    let follows = request.messages.is_empty() && !turn_id.is_empty();
+    let turn_id = id_or_new("turn_id", turn_id)?;
+    let body = request.encode_to_vec();
+    if !follows {
+        check_ask(request)?;
+    }
+    Ok(Call {
+        session,
+        key: RequestKey::new("turn", &turn_id, &body),
+        turn_id,
+        request: (!follows).then(|| body.into()),
+        resume_after,
+        on_conflict,
+        stop_on_disconnect,
+    })
+}
+
+/// Reads what was asked of a turn from the bytes that are kept with it: those of its `ChatRequest`.
+pub fn parse_ask(request: &[u8]) -> Result<Ask, Error> {
+    let request = pb::ChatRequest::decode(request);
+    check_ask(request.map_err(|_| store::Error::Corrupt("the request of a turn".to_owned()))?)
+}
+
+fn check_ask(request: pb::ChatRequest) -> Result<Ask, Error> {
     let history_messages = match request.last_messages {
         None => None,
         Some(last) => match usize::try_from(last) {
@@ -271,18 +322,10 @@ fn parse_ask(mut request: pb::ChatRequest, deadline: Option<Instant>) -> Result<
         tools: wire::parse_tools(request.tools)?,
         options: wire::parse_options(request.options)?,
     };
-    let may_be_repeated = !turn_id.is_empty();
-    let turn_id = id_or_new("turn_id", turn_id)?;
     Ok(Ask {
-        session,
-        request: RequestKey::new("turn", &turn_id, &body),
-        turn_id,
-        may_be_repeated,
         drafts,
         prompt,
         history_messages,
-        stop_on_disconnect,
-        deadline,
     })
 }
 
@@ -304,14 +347,11 @@ impl From<Refusal> for Error {
 fn render_event(number: i64, event: Event) -> pb::ChatResponse {
     use pb::chat_response::Event as Shown;
     let shown = match event {
-        Event::Started {
-            turn_id,
-            model,
-            history_messages,
-        } => Shown::Started(pb::Started {
-            turn_id,
-            model,
-            history_messages: i32::try_from(history_messages).unwrap_or(i32::MAX),
+        Event::Started(started) => Shown::Started(pb::Started {
+            turn_id: started.turn_id,
+            model: started.model,
+            history_messages: i32::try_from(started.history_messages).unwrap_or(i32::MAX),
+            attempt: i32::try_from(started.attempt).unwrap_or(i32::MAX),
         }),
         Event::Delta(delta) => Shown::Delta(pb::Delta {
             text: delta.text,
@@ -327,17 +367,14 @@ fn render_event(number: i64, event: Event) -> pb::ChatResponse {
                 })
                 .collect(),
         }),
-        Event::Completed {
-            messages,
-            usage,
-            finish_reason,
-        } => Shown::Completed(pb::Completed {
-            messages: messages
+        Event::Completed(completed) => Shown::Completed(pb::Completed {
+            messages: completed
+                .messages
                 .iter()
                 .map(|(sequence, message)| wire::render_message(*sequence, message))
                 .collect(),
-            usage: usage.map(wire::render_usage),
-            finish_reason: wire::render_finish_reason(finish_reason).into(),
+            usage: completed.usage.map(wire::render_usage),
+            finish_reason: wire::render_finish_reason(completed.finish_reason).into(),
         }),
     };
     pb::ChatResponse {
@@ -365,6 +402,18 @@ fn deadline(metadata: &MetadataMap) -> Option<Instant> {
         _ => return None,
     };
     Instant::now().checked_add(timeout)
+}
+
+/// Waits for a turn no longer than the caller does.
+async fn until<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Result<T, Error> {
+    let Some(deadline) = deadline else {
+        return Ok(work.await);
+    };
+    let outcome = timeout_at(deadline, work).await;
+    // Whatever becomes of the turn, the same `turn_id` tells it.
+    outcome.map_err(|_| Error::DeadlineExceeded {
+        may_be_stored: true,
+    })
 }
 
 /// Waits for the store no longer than the caller does. `writes`: the store may have done the work

@@ -15,6 +15,7 @@ use crate::{
     config::{Config, Listen, ModelConfig, Problems, Serve, StoreConfig, VERSION},
     model::{Model, echo::Echo, provider::Provider, retry::Retry},
     server::{self, Listener, Parts},
+    service,
     store::{Store, redis::Redis, sqlite::Sqlite},
     telemetry::{self, LogFormat},
     turn::{self, Turns},
@@ -118,10 +119,14 @@ async fn run_until_signal(config: &Config) -> Result<(), Failure> {
     let turns = Turns::new(
         Arc::clone(&store),
         model,
+        service::parse_ask,
         turn::Settings {
             history_messages: config.history_messages,
             turn_limit: config.turn_limit,
             turns_max: config.turns_max,
+            lease: config.lease,
+            retention: config.turn_retention,
+            adopts: config.adopt_turns,
         },
     );
     let parts = Parts {

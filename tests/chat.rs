@@ -46,6 +46,14 @@ async fn with_provider() -> (Provider, TestServer) {
     (provider, server)
 }
 
+/// A turn with an id.
+fn named(session: &str, turn_id: &str, content: &str) -> pb::ChatRequest {
+    pb::ChatRequest {
+        turn_id: turn_id.to_owned(),
+        ..chat(session, content)
+    }
+}
+
 #[tokio::test]
 async fn a_turn_streams_its_tokens_and_is_stored_before_it_completes() {
     let (provider, server) = with_provider().await;
@@ -500,17 +508,22 @@ async fn wait_for_text(stream: &mut tonic::Streaming<pb::ChatResponse>) {
 }
 
 #[tokio::test]
-async fn the_callers_deadline_ends_the_models_call_and_stores_nothing() {
+async fn the_callers_deadline_ends_its_stream_and_not_the_turn() {
     let (provider, server) = with_provider().await;
-    provider.answer(Script::begin().say("a").hang());
+    let gate = Gate::new();
+    let script = Script::begin().say("a").wait(&gate).say("b");
+    provider.answer(script.finish("stop").done());
     let mut client = server.client().await;
-    let mut request = tonic::Request::new(chat("s", "hi"));
+    let mut request = tonic::Request::new(named("s", "t1", "hi"));
     request.set_timeout(Duration::from_millis(300));
     let stream = client.chat(request).await.unwrap().into_inner();
     let told = tell_rest(stream, Told::default()).await;
     assert_eq!(told.error.unwrap().code(), Code::DeadlineExceeded);
-    assert_eq!(provider.wait_for_outcome(0).await, Outcome::ClientLeft);
-    assert_eq!(contents(&mut client, "s").await.len(), 0);
+    gate.open();
+    let told = tell(&mut client, named("s", "t1", "hi")).await;
+    assert_eq!((told.text().as_str(), told.reason().as_str()), ("ab", ""));
+    assert_eq!(contents(&mut client, "s").await, ["hi", "ab"]);
+    assert_eq!(provider.request_count(), 1);
 }
 
 #[tokio::test]

@@ -608,16 +608,6 @@ async fn a_bad_turn_names_its_field_and_stores_nothing() {
             Code::InvalidArgument,
             "on_disconnect",
         ),
-        (
-            with(&|r| r.on_conflict = 2),
-            Code::Unimplemented,
-            "on_conflict",
-        ),
-        (
-            with(&|r| r.resume_after = 1),
-            Code::Unimplemented,
-            "resume_after",
-        ),
     ];
     for (request, code, field) in bad {
         let status = client.chat(request).await.expect_err(field);

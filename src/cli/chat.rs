@@ -28,8 +28,8 @@ use crate::{
     message::MESSAGE_BYTES_MAX,
     pb::{
         ChatRequest, ChatResponse, ClearRequest, Completed, Delta, FinishReason,
-        GetMessagesRequest, Message, OnDisconnect, Role, chat_memory_client::ChatMemoryClient,
-        chat_response::Event,
+        GetMessagesRequest, Message, OnDisconnect, Role, StopChatRequest,
+        chat_memory_client::ChatMemoryClient, chat_response::Event,
     },
 };
 
@@ -466,9 +466,17 @@ impl Chat {
             // An answer that is complete is not stopped any more.
             biased;
             end = stream_turn(&mut self.client, &request, &mut answer, &mut self.screen) => end?,
-            // With the future, the call goes: the server stops the turn.
             Some(()) = self.interrupts.recv() => TurnEnd::Stopped,
         };
+        if matches!(end, TurnEnd::Stopped) {
+            let stop = client::request(StopChatRequest {
+                session_id: request.session_id.clone(),
+                turn_id: request.turn_id.clone(),
+                discard: false,
+            });
+            // Where this fails, the server stops the turn by itself, since nobody follows it.
+            self.client.stop_chat(stop).await.ok();
+        }
         answer.finish_line(&mut self.screen)?;
         match end {
             TurnEnd::Completed => {}
@@ -598,6 +606,11 @@ async fn stream_turn(
             Err(status) => return Ok(TurnEnd::Failed(status)),
         };
         match event {
+            Some(Event::Started(started)) if started.attempt > 1 => {
+                answer.finish_line(screen)?;
+                screen.remark("[the answer begins anew]")?;
+                *answer = Answer::default();
+            }
             // An event that this program does not know is for others.
             None | Some(Event::Started(_)) => {}
             Some(Event::Delta(delta)) => answer.delta(&delta, screen)?,

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
+use serde::{Deserialize, Serialize};
 
 use crate::message::{Draft, Json, ToolCall, Usage};
 
@@ -86,13 +87,15 @@ pub enum Piece {
 }
 
 /// A piece of a tool call.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ToolCallPiece {
     /// Which of the answer's tool calls, from 0 on.
     pub index: usize,
     /// In the first piece of a call.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// In the first piece of a call.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// More of the text of the arguments.
     pub arguments: String,
@@ -109,7 +112,8 @@ pub struct End {
 }
 
 /// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FinishReason {
     /// The provider did not say.
     Unspecified,

@@ -1,146 +1,213 @@
-//! The way of a turn's events to its client: the turn writes without ever waiting, the client
-//! takes at its own pace.
+//! The newest part of a running turn's log, in memory: the turn writes without ever waiting, any
+//! number of followers read at their own pace, and what is older is in the store. Does no I/O.
 //!
-//! What a client has not taken yet is held in memory: an answer's worth at most, since pieces that
-//! wait are joined.
+//! A follower holds no events, only the number of the last one it took: a slow one costs nothing.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
-use std::collections::VecDeque;
+use tokio::sync::watch;
 
-use tokio::sync::Notify;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use super::events::{self, Completed, Delta, Event};
+use crate::{error::Error, store::turns::Chunk};
 
-use super::{Delta, Event};
-use crate::error::Error;
+/// Events that stay here for followers that are a little behind, once they are in the store.
+const RECENT_MAX: usize = 128;
 
-/// Events that wait before further pieces of text are joined to the last one.
-const SEPARATE_EVENTS_MAX: usize = 64;
-
-#[derive(Default)]
-struct State {
-    waiting: VecDeque<Event>,
-    /// How many events the follower has taken.
-    taken: i64,
-    storing: bool,
-    end: Option<Result<(), Error>>,
+/// How a log has ended.
+#[derive(Debug, Clone)]
+pub enum End {
+    /// The turn is stored.
+    Completed {
+        number: i64,
+        completed: Box<Completed>,
+    },
+    /// It ended otherwise.
+    Failed(Error),
+    /// It goes on elsewhere, or its record says how it ended.
+    Moved,
 }
 
-struct Log {
+/// What a follower finds.
+pub enum Found {
+    Event(i64, Event),
+    /// Nothing yet.
+    Nothing,
+    /// The event is in the store only.
+    Older,
+    End(End),
+}
+
+struct State {
+    /// Events that are here, as lines. The last one has the number `next - 1`.
+    lines: VecDeque<Box<str>>,
+    next: i64,
+    /// Up to this number, events may be shown before they are in the store.
+    reserved: i64,
+    /// Pieces beyond that, joined.
+    held: Option<Delta>,
+    /// The last event that is in the store.
+    logged: i64,
+    next_chunk: u32,
+    /// A chunk that is on its way to the store, and its last event. It stays as it is until it is
+    /// known to have arrived: it may have already.
+    under_way: Option<(Chunk, i64)>,
+    end: Option<End>,
+}
+
+/// The log of one attempt at a turn.
+pub struct Log {
     state: Mutex<State>,
-    changed: Notify,
-    abandoned: CancellationToken,
+    changed: watch::Sender<()>,
 }
 
 impl Log {
+    /// An empty log, whose first event has the number `first`.
+    pub fn new(first: i64, reserve: i64, next_chunk: u32) -> Self {
+        Self {
+            state: Mutex::new(State {
+                lines: VecDeque::new(),
+                next: first,
+                reserved: first + reserve - 1,
+                held: None,
+                logged: first - 1,
+                next_chunk,
+                under_way: None,
+                end: None,
+            }),
+            changed: watch::Sender::new(()),
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
+        // What is inside stays right when a thread panics: each change is one step.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-/// The turn's end of the log.
-pub(super) struct Writer(Arc<Log>);
+    /// Tells of each change.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
 
-/// The client's end of the log: the events of a turn, from the first on.
-pub struct Follower {
-    log: Arc<Log>,
-    /// Tells the turn when the client has left.
-    _abandons: DropGuard,
-}
-
-pub(super) fn new() -> (Writer, Follower) {
-    let abandoned = CancellationToken::new();
-    let log = Arc::new(Log {
-        state: Mutex::default(),
-        changed: Notify::new(),
-        abandoned: abandoned.clone(),
-    });
-    let follower = Follower {
-        log: Arc::clone(&log),
-        _abandons: abandoned.drop_guard(),
-    };
-    (Writer(log), follower)
-}
-
-impl Writer {
     pub fn push(&self, event: Event) {
-        if self.0.abandoned.is_cancelled() {
-            return;
-        }
-        let mut state = self.0.state();
-        let crowded = state.waiting.len() >= SEPARATE_EVENTS_MAX;
-        match (state.waiting.back_mut(), event) {
-            (Some(Event::Delta(last)), Event::Delta(delta)) if crowded => join(last, delta),
-            (_, event) => state.waiting.push_back(event),
+        let mut state = self.state();
+        match event {
+            Event::Delta(delta) if state.next > state.reserved => match &mut state.held {
+                Some(held) => held.join(delta),
+                None => state.held = Some(delta),
+            },
+            event => state.write(event),
         }
         drop(state);
-        self.0.changed.notify_one();
+        self.changed.send_replace(());
     }
 
-    /// Ends the log, with a last event or with an error.
-    pub fn end(&self, outcome: Result<Option<Event>, Error>) {
-        let mut state = self.0.state();
-        let end = outcome.map(|event| state.waiting.extend(event));
-        state.end = Some(end);
+    /// What is to be written to the store: the same until [`Log::written`] is called.
+    pub fn chunk(&self) -> (Option<Chunk>, i64) {
+        let mut state = self.state();
+        if state.under_way.is_none() && state.logged < state.next - 1 {
+            let new = (state.next - 1 - state.logged) as usize;
+            let old = state.lines.len() - new;
+            let lines = state.lines.iter().skip(old).map(|line| &**line);
+            let bytes = events::write_chunk(state.logged + 1, lines);
+            let chunk = Chunk {
+                index: state.next_chunk,
+                bytes,
+            };
+            state.under_way = Some((chunk, state.next - 1));
+        }
+        match &state.under_way {
+            Some((chunk, last)) => (Some(chunk.clone()), *last),
+            None => (None, state.logged),
+        }
+    }
+
+    /// Notes that what [`Log::chunk`] gave is in the store, and that `reserve` more events may
+    /// follow it.
+    pub fn written(&self, reserve: i64) {
+        let mut state = self.state();
+        if let Some((_, last)) = state.under_way.take() {
+            state.logged = last;
+            state.next_chunk += 1;
+        }
+        state.reserved = state.reserved.max(state.logged + reserve);
+        if state.next <= state.reserved
+            && let Some(held) = state.held.take()
+        {
+            state.write(Event::Delta(held));
+        }
+        let unlogged = (state.next - 1 - state.logged) as usize;
+        let spare = state.lines.len().saturating_sub(unlogged.max(RECENT_MAX));
+        state.lines.drain(..spare);
         drop(state);
-        self.0.changed.notify_one();
+        self.changed.send_replace(());
     }
 
-    /// Notes that the turn is being written to the store.
-    pub fn storing(&self) {
-        self.0.state().storing = true;
+    /// Whether there is something that the store does not have.
+    pub fn is_behind(&self) -> bool {
+        let state = self.state();
+        state.under_way.is_some() || state.logged < state.next - 1
     }
 
-    pub fn is_storing(&self) -> bool {
-        self.0.state().storing
+    /// Whether a chunk may or may not have arrived at the store.
+    pub fn is_under_way(&self) -> bool {
+        self.state().under_way.is_some()
     }
 
-    /// Waits until the client has left.
-    pub async fn abandoned(&self) {
-        self.0.abandoned.cancelled().await;
+    /// Whether a piece waits for the store, so that it has no number yet.
+    pub fn is_holding(&self) -> bool {
+        self.state().held.is_some()
     }
-}
 
-impl Drop for Writer {
-    /// A turn that panicked must not leave its client waiting.
-    fn drop(&mut self) {
-        if self.0.state().end.is_none() {
-            self.end(Err(Error::Internal));
+    /// The number that the last event, which ends the turn, will have.
+    pub fn last_number(&self) -> i64 {
+        self.state().next
+    }
+
+    /// Ends the log; the first end stands.
+    pub fn end(&self, end: End) {
+        self.state().end.get_or_insert(end);
+        self.changed.send_replace(());
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.state().end.is_some()
+    }
+
+    /// The first event with a greater number.
+    pub fn after(&self, taken: i64) -> Result<Found, Error> {
+        let state = self.state();
+        let first = state.next - state.lines.len() as i64;
+        if taken + 1 >= state.next {
+            return Ok(match &state.end {
+                Some(end) => Found::End(end.clone()),
+                None => Found::Nothing,
+            });
         }
-    }
-}
-
-impl Follower {
-    /// The next event with its number, which counts from 1; `None` after the last.
-    pub async fn next(&mut self) -> Option<Result<(i64, Event), Error>> {
-        loop {
-            {
-                let mut state = self.log.state();
-                if let Some(event) = state.waiting.pop_front() {
-                    state.taken += 1;
-                    return Some(Ok((state.taken, event)));
-                }
-                match &mut state.end {
-                    None => {}
-                    Some(end) => return std::mem::replace(end, Ok(())).err().map(Err),
-                }
-            }
-            self.log.changed.notified().await;
+        // Also where this attempt begins after a leap: an earlier one's may come first.
+        if taken + 1 < first {
+            return Ok(Found::Older);
         }
+        let number = taken + 1;
+        let line = state.lines[(number - first) as usize].clone();
+        drop(state);
+        Ok(Found::Event(number, events::read(&line)?))
+    }
+
+    /// Whether a follower that has taken so many can go on here.
+    pub fn has(&self, taken: i64) -> bool {
+        let state = self.state();
+        taken + 1 >= state.next - state.lines.len() as i64
     }
 }
 
-fn join(last: &mut Delta, delta: Delta) {
-    last.text.push_str(&delta.text);
-    last.reasoning.push_str(&delta.reasoning);
-    for call in delta.tool_calls {
-        let known = last
-            .tool_calls
-            .iter_mut()
-            .find(|known| known.index == call.index);
-        match known {
-            Some(known) => known.arguments.push_str(&call.arguments),
-            None => last.tool_calls.push(call),
+impl State {
+    fn write(&mut self, event: Event) {
+        if let Some(line) = events::write(event) {
+            self.lines.push_back(line);
+            self.next += 1;
         }
     }
 }
@@ -156,42 +223,75 @@ mod tests {
         })
     }
 
-    #[tokio::test]
-    async fn events_come_in_order_and_then_the_end() {
-        let (writer, mut follower) = new();
-        writer.push(text("a"));
-        assert_eq!(follower.next().await, Some(Ok((1, text("a")))));
-        writer.push(text("b"));
-        writer.end(Err(Error::ShuttingDown));
-        assert_eq!(follower.next().await, Some(Ok((2, text("b")))));
-        assert_eq!(follower.next().await, Some(Err(Error::ShuttingDown)));
-        assert_eq!(follower.next().await, None);
+    fn all(log: &Log, mut taken: i64) -> Vec<(i64, Event)> {
+        let mut events = Vec::new();
+        while let Found::Event(number, event) = log.after(taken).unwrap() {
+            taken = number;
+            events.push((number, event));
+        }
+        events
     }
 
-    #[tokio::test]
-    async fn what_a_slow_client_has_not_taken_is_joined_and_nothing_is_lost() {
-        let (writer, mut follower) = new();
-        for _ in 0..100_000 {
-            writer.push(text("x"));
-        }
-        assert_eq!(writer.0.state().waiting.len(), SEPARATE_EVENTS_MAX);
-        writer.end(Ok(None));
-        let (mut length, mut last_number) = (0, 0);
-        while let Some(event) = follower.next().await {
-            let (number, event) = event.unwrap();
-            assert_eq!(number, last_number + 1);
-            last_number = number;
-            if let Event::Delta(delta) = event {
-                length += delta.text.len();
-            }
-        }
-        assert_eq!(length, 100_000);
+    #[test]
+    fn every_follower_gets_every_event_once_and_then_the_end() {
+        let log = Log::new(1, 1000, 0);
+        log.push(text("a"));
+        log.push(text("b"));
+        assert_eq!(all(&log, 0), [(1, text("a")), (2, text("b"))]);
+        assert_eq!(all(&log, 1), [(2, text("b"))]);
+        assert!(matches!(log.after(2).unwrap(), Found::Nothing));
+        log.end(End::Moved);
+        assert_eq!(all(&log, 1), [(2, text("b"))]);
+        assert!(matches!(log.after(2).unwrap(), Found::End(End::Moved)));
     }
 
-    #[tokio::test]
-    async fn a_turn_that_vanishes_ends_its_log_with_an_error() {
-        let (writer, mut follower) = new();
-        drop(writer);
-        assert_eq!(follower.next().await, Some(Err(Error::Internal)));
+    #[test]
+    fn a_chunk_stays_as_it_is_until_it_is_written() {
+        let log = Log::new(1, 1000, 0);
+        assert_eq!(log.chunk(), (None, 0));
+        log.push(text("a"));
+        let first = log.chunk();
+        assert_eq!((first.0.as_ref().unwrap().index, first.1), (0, 1));
+        log.push(text("b"));
+        assert_eq!(log.chunk(), first);
+        log.written(1000);
+        let (second, last) = log.chunk();
+        assert_eq!((second.as_ref().unwrap().index, last), (1, 2));
+        assert_eq!(&*second.unwrap().bytes, b"2\n\"b\"\n");
+    }
+
+    #[test]
+    fn what_is_in_the_store_is_let_go_and_followers_are_sent_there() {
+        let log = Log::new(1, 10_000, 0);
+        for _ in 0..1_000 {
+            log.push(text("x"));
+        }
+        assert!(log.has(0));
+        log.chunk();
+        log.written(10_000);
+        assert!(matches!(log.after(0).unwrap(), Found::Older));
+        assert!(!log.has(0) && log.has(1_000 - RECENT_MAX as i64));
+        assert_eq!(all(&log, 1_000 - RECENT_MAX as i64).len(), RECENT_MAX);
+    }
+
+    #[test]
+    fn beyond_its_reserve_a_turn_joins_what_it_says_until_the_store_has_the_rest() {
+        let log = Log::new(1, 2, 0);
+        for piece in ["a", "b", "c", "d"] {
+            log.push(text(piece));
+        }
+        assert_eq!(all(&log, 0).len(), 2);
+        assert!(log.is_holding());
+        log.chunk();
+        log.written(2);
+        assert_eq!(all(&log, 2), [(3, text("cd"))]);
+    }
+
+    #[test]
+    fn a_later_attempt_sends_followers_to_the_store_for_what_came_before() {
+        let log = Log::new(1001, 1000, 4);
+        log.push(text("a"));
+        assert!(matches!(log.after(7).unwrap(), Found::Older));
+        assert_eq!(all(&log, 1000), [(1001, text("a"))]);
     }
 }

@@ -1,92 +1,125 @@
-//! A chat turn: history and new messages to the model, its answer to the client, both to the
+//! A chat turn: history and new messages to the model, its answer to all who follow it, both to the
 //! store. Knows neither gRPC nor which store and which model it has.
 //!
-//! A turn is a task of its own. It writes its [`Event`]s to a [`log`], from which the
-//! client's stream, the [`Follower`], takes them: a slow client holds up neither the model nor the
-//! store, and a client that leaves does not end the turn unless it asked for that.
+//! A turn is a record in the store and, at the one server that holds its lease, a task. The record
+//! outlives the task, and the task its callers.
+//!
+//! - [`events`]: what happens in a turn, and how it is written down
+//! - [`log`]: the newest events, in memory
+//! - [`runner`]: one attempt at a turn, from its lease to its end
+//! - [`follower`]: reads a turn's events, wherever it runs
+//! - this file: who runs what; begins, stops and adopts turns
+//!
+//! # States
+//!
+//! The record's states and who may move it are in [`crate::store::turns::TurnStore`]. An attempt
+//! goes, at its holder:
 //!
 //! ```text
-//! read history → Started → ask the model → Delta… → append to the store → Completed
-//!        └──────────────┴───────── an Error ends it; nothing is stored ┘
+//! leased → history → asking → storing ─▶ stored            events: started, delta…, completed
+//!   │         │         │        │
+//!   │         │         │        └─ the store is away: kept here, and tried again until it is
+//!   │         │         │           stored, or somebody else took the turn
+//!   │         │         ├─ stop: what there is goes to storing, or the turn fails as stopped
+//!   │         └─────────┴─ an error: the record says why; nothing enters the history
+//!   └─ at any moment: the lease is lost, the session was cleared (nothing is written any more), or
+//!      this server dies (the lease runs out and the next attempt begins elsewhere)
 //! ```
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
-use futures_util::StreamExt as _;
+use bytes::Bytes;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, timeout_at},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, watch},
+    time::{Instant, sleep},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::{CancellationToken, DropGuard},
+    task::TaskTracker,
+};
 
 use crate::{
-    error::Error,
+    error::{Error, Recorded},
     langchain,
-    message::{
-        ANSWER_BYTES_MAX, Draft, Json, Message, PAGE_BYTES_MAX, Role, SessionId, Usage, now_ms,
-        stored_messages,
+    message::{Draft, Message, PAGE_BYTES_MAX, SessionId},
+    model::{Model, Prompt},
+    store::{
+        Appended, Body, Element, Order, Read, RequestKey, Sequence, Store,
+        turns::{
+            BeginTurn, Begun, FollowTurn, Lease, Leased, Stop, StoppedTurn, TakeTurn, Taken, Token,
+            TurnId, TurnState,
+        },
     },
-    model::{self, FinishReason, Model, Piece, Prompt},
-    store::{Append, Appended, Body, Element, Epoch, Order, Read, RequestKey, Sequence, Store},
-    window,
 };
+use log::{End, Log};
 
-pub use log::Follower;
+pub use events::{Completed, Delta, Event, Started};
+pub use follower::Follower;
 
+pub mod events;
+mod follower;
 mod log;
+mod outcome;
+mod runner;
 
-/// Bytes of stored history that one turn reads, at most. Models take far less.
-const HISTORY_BYTES_MAX: usize = 16 << 20;
+/// Numbers of events that a server may use ahead of what it has written to the store's log.
+const RESERVE: i64 = 1_000;
+/// How often a call in line asks whether it is its turn.
+const WAIT_POLL: Duration = Duration::from_millis(100);
+/// How often a stopped turn is looked at.
+const STOP_POLL: Duration = Duration::from_millis(30);
+/// How long the holder of a turn gets to stop it, before it is taken from it.
+const STOP_PATIENCE: Duration = Duration::from_millis(600);
+/// How long a call waits for a turn whose answer the store has not taken yet.
+const STORE_PATIENCE: Duration = Duration::from_secs(3);
+/// How often this server looks for turns whose servers have died.
+const ADOPT_EVERY: Duration = Duration::from_secs(5);
+/// Turns of others that this server looks at each time.
+const ADOPT_MAX: usize = 16;
+/// How often a turn is tried before it counts as failed.
+const TRIES_MAX: u32 = 3;
 
-/// What a client asks for.
+/// What a turn is asked to do.
 #[derive(Debug, Clone)]
 pub struct Ask {
-    pub session: SessionId,
-    /// Names the turn.
-    pub turn_id: String,
-    /// Whether the client chose `turn_id`, so that there may be a stored turn of that name.
-    pub may_be_repeated: bool,
-    /// The write's key, made of the turn id and of all that was asked.
-    pub request: RequestKey,
     /// The new messages.
     pub drafts: Vec<Draft>,
     /// The model, system prompt, tools and options. Its messages are filled in by the turn.
     pub prompt: Prompt,
     /// Messages of history at most.
     pub history_messages: Option<usize>,
-    /// Whether the turn ends when its client leaves.
+}
+
+/// Reads what was asked from its bytes, which are kept with the turn so that another server can run
+/// it.
+pub type ParseAsk = fn(&[u8]) -> Result<Ask, Error>;
+
+/// A client's call.
+#[derive(Debug, Clone)]
+pub struct Call {
+    pub session: SessionId,
+    pub turn_id: String,
+    /// Made of the turn id and of all that is asked.
+    pub key: RequestKey,
+    /// What is asked; `None` to follow a turn that there is already.
+    pub request: Option<Bytes>,
+    /// The number of the last event that the client has.
+    pub resume_after: i64,
+    pub on_conflict: OnConflict,
+    /// Whether the turn that this call begins stops when nobody follows it any more.
     pub stop_on_disconnect: bool,
-    /// When the caller gives up.
-    pub deadline: Option<Instant>,
 }
 
-/// What happens in a turn.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Event {
-    Started {
-        turn_id: String,
-        model: String,
-        history_messages: usize,
-    },
-    Delta(Delta),
-    Completed {
-        /// The messages as stored, with their sequences.
-        messages: Vec<(Sequence, Message)>,
-        usage: Option<Usage>,
-        finish_reason: FinishReason,
-    },
-}
-
-/// A piece of an answer.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Delta {
-    pub text: String,
-    pub reasoning: String,
-    pub tool_calls: Vec<model::ToolCallPiece>,
+/// What to do when another turn runs on the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnConflict {
+    Reject,
+    Wait,
+    Supersede,
 }
 
 /// How turns are run.
@@ -94,10 +127,29 @@ pub struct Delta {
 pub struct Settings {
     /// Messages of history if the client does not say.
     pub history_messages: usize,
-    /// How long a turn may take.
+    /// How long an attempt may take.
     pub turn_limit: Duration,
     /// How many may run at once.
     pub turns_max: usize,
+    /// How long a server that says nothing keeps its turns.
+    pub lease: Duration,
+    /// How long a turn is remembered after its end.
+    pub retention: Duration,
+    /// Whether this server runs turns whose servers have died.
+    pub adopts: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            history_messages: 50,
+            turn_limit: Duration::from_secs(600),
+            turns_max: 2000,
+            lease: Duration::from_secs(10),
+            retention: Duration::from_secs(24 * 60 * 60),
+            adopts: true,
+        }
+    }
 }
 
 /// Runs turns.
@@ -107,47 +159,324 @@ pub struct Turns(Arc<Shared>);
 struct Shared {
     store: Arc<dyn Store>,
     model: Arc<dyn Model>,
+    parse: ParseAsk,
     settings: Settings,
-    /// The running turn of each session that has one.
-    running: Mutex<HashMap<SessionId, String>>,
+    /// The turns that this server has.
+    held: Mutex<HashMap<(SessionId, TurnId), Arc<Held>>>,
     permits: Arc<Semaphore>,
     tasks: TaskTracker,
     /// Ends all turns.
     abort: CancellationToken,
+    /// Since when the store can be reached; `None` if it could from the start on.
+    reachable_since: Mutex<Option<Instant>>,
+    /// Ends the task that looks after the turns of others.
+    _tending: DropGuard,
+}
+
+/// A turn that this server has.
+pub(crate) struct Held {
+    session: SessionId,
+    turn: TurnId,
+    name: String,
+    fingerprint: Option<[u8; 16]>,
+    log: Log,
+    /// How many follow it here.
+    followers: watch::Sender<usize>,
+    /// Has it look at the store at once.
+    poke: Notify,
 }
 
 impl Turns {
-    pub fn new(store: Arc<dyn Store>, model: Arc<dyn Model>, settings: Settings) -> Self {
-        Self(Arc::new(Shared {
+    /// Must be called within a Tokio runtime.
+    pub fn new(
+        store: Arc<dyn Store>,
+        model: Arc<dyn Model>,
+        parse: ParseAsk,
+        settings: Settings,
+    ) -> Self {
+        let stop_tending = CancellationToken::new();
+        let is_reachable = *store.reachable().borrow();
+        let shared = Arc::new(Shared {
             permits: Arc::new(Semaphore::new(settings.turns_max)),
             store,
             model,
+            parse,
             settings,
-            running: Mutex::default(),
+            held: Mutex::default(),
             tasks: TaskTracker::new(),
             abort: CancellationToken::new(),
-        }))
+            reachable_since: Mutex::new((!is_reachable).then(Instant::now)),
+            _tending: stop_tending.clone().drop_guard(),
+        });
+        let tending = tend(Arc::downgrade(&shared));
+        tokio::spawn(stop_tending.run_until_cancelled_owned(tending));
+        Self(shared)
     }
 
-    /// Starts a turn. Dropping the follower ends it only if the client asked for that.
-    pub fn start(&self, ask: Ask) -> Result<Follower, Error> {
+    /// Begins a turn, or follows the one of that id. Dropping the follower does not end the turn,
+    /// unless its first call asked for that.
+    pub async fn chat(&self, call: Call) -> Result<Follower, Error> {
         let shared = &self.0;
-        if shared.tasks.is_closed() {
-            return Err(Error::ShuttingDown);
+        let waits_until = Instant::now() + shared.settings.turn_limit;
+        let token = Token::new();
+        loop {
+            if let Some(held) = self.held(&call.session, &call.key.id) {
+                let is_other = |known| call.request.is_some() && known != call.key.fingerprint;
+                if held.fingerprint.is_some_and(is_other) {
+                    return Err(Error::RequestReused { field: "turn_id" });
+                }
+                if held.log.has_ended() {
+                    // Its answer is kept here until the store takes it.
+                    self.wait_until_stored(&held).await?;
+                    continue;
+                }
+                return Ok(Follower::here(self.clone(), held, call.resume_after));
+            }
+            let Some(request) = &call.request else {
+                return self.follow(&call).await;
+            };
+            if shared.tasks.is_closed() {
+                return Err(Error::ShuttingDown);
+            }
+            let Ok(permit) = shared.permits.clone().try_acquire_owned() else {
+                let limit = shared.settings.turns_max;
+                let found = self.follow(&call).await;
+                return found.map_err(|error| match error {
+                    Error::TurnNotFound { .. } => Error::TooManyTurns { limit },
+                    other => other,
+                });
+            };
+            // A caller that goes away must not leave a lease that nobody has: this runs on.
+            let beginning = self
+                .clone()
+                .begin(call.clone(), request.clone(), token, permit);
+            let begun = shared.tasks.spawn(beginning).await;
+            match begun.map_err(|_| Error::Internal)?? {
+                Begun::Leased(_) => {}
+                Begun::Exists(_) => {
+                    let (session, id) = (call.session.clone(), call.key.id);
+                    return Ok(Follower::stored(
+                        self.clone(),
+                        session,
+                        id,
+                        call.resume_after,
+                    ));
+                }
+                Begun::Busy {
+                    turn,
+                    name,
+                    is_expired,
+                } => {
+                    if is_expired {
+                        self.adopt(&call.session, turn).await?;
+                    }
+                    if call.on_conflict != OnConflict::Supersede {
+                        return Err(Error::TurnInProgress { turn_id: name });
+                    }
+                    match self
+                        .stop(&call.session, Some((turn, name)), Stop::Keep)
+                        .await
+                    {
+                        Ok(_) | Err(Error::TurnNotFound { .. } | Error::TurnStopped) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                Begun::Waiting { expired, .. } => {
+                    if let Some(turn) = expired {
+                        self.adopt(&call.session, turn).await?;
+                    }
+                    if Instant::now() >= waits_until {
+                        let limit = shared.settings.turn_limit;
+                        return Err(Error::WaitedTooLong { limit });
+                    }
+                    sleep(WAIT_POLL).await;
+                }
+                Begun::LineFull => return Err(Error::LineFull),
+            }
         }
-        let permit = shared.permits.clone().try_acquire_owned();
-        let permit = permit.map_err(|_| Error::TooManyTurns {
-            limit: shared.settings.turns_max,
-        })?;
-        let place = Place::take(shared, &ask, permit)?;
-        let (writer, follower) = log::new();
-        let turn = Turn {
-            shared: Arc::clone(shared),
-            ask,
-            log: writer,
+    }
+
+    /// Waits a little for a turn that has ended to be stored.
+    async fn wait_until_stored(&self, held: &Held) -> Result<(), Error> {
+        held.poke.notify_one();
+        let patience_ends = Instant::now() + STORE_PATIENCE;
+        while self.held(&held.session, &held.turn).is_some() {
+            if Instant::now() >= patience_ends {
+                return match held.log.after(i64::MAX - 1)? {
+                    log::Found::End(End::Failed(error)) => Err(error),
+                    _ => Err(Error::Internal),
+                };
+            }
+            sleep(STOP_POLL).await;
+        }
+        Ok(())
+    }
+
+    /// Follows a turn that the store knows.
+    async fn follow(&self, call: &Call) -> Result<Follower, Error> {
+        let follow = look(call.key.id);
+        let found = self.0.store.follow_turn(&call.session, follow).await?;
+        if found.is_none() {
+            let turn_id = call.turn_id.clone();
+            return Err(Error::TurnNotFound { turn_id });
+        }
+        let (session, id) = (call.session.clone(), call.key.id);
+        Ok(Follower::stored(
+            self.clone(),
+            session,
+            id,
+            call.resume_after,
+        ))
+    }
+
+    async fn begin(
+        self,
+        call: Call,
+        request: Bytes,
+        token: Token,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<Begun, Error> {
+        let lease = self.0.lease(token);
+        let begin = BeginTurn {
+            key: call.key,
+            name: call.turn_id.clone(),
+            request,
+            lease,
+            waits: call.on_conflict == OnConflict::Wait,
         };
-        shared.tasks.spawn(turn.run(place));
-        Ok(follower)
+        let begun = self.0.store.begin_turn(&call.session, begin).await;
+        let begun = begun.map_err(|error| Error::of_write(error, "turn_id"))?;
+        if let Begun::Leased(leased) = &begun {
+            self.run(Run {
+                session: call.session,
+                turn: call.key.id,
+                fingerprint: Some(call.key.fingerprint),
+                stop_on_disconnect: call.stop_on_disconnect,
+                leased: leased.clone(),
+                lease,
+                permit: Mutex::new(Some(permit)),
+            });
+        }
+        Ok(begun)
+    }
+
+    /// Has a task run what was leased.
+    fn run(&self, run: Run) {
+        let held = Arc::new(Held {
+            session: run.session.clone(),
+            turn: run.turn,
+            name: run.leased.name.clone(),
+            fingerprint: run.fingerprint,
+            log: Log::new(
+                run.leased.first_event,
+                run.lease.reserve,
+                run.leased.next_chunk,
+            ),
+            followers: watch::Sender::new(0),
+            poke: Notify::new(),
+        });
+        let key = (run.session.clone(), run.turn);
+        lock(&self.0.held).insert(key, Arc::clone(&held));
+        let runner = runner::Runner::new(Arc::clone(&self.0), held, run);
+        self.0.tasks.spawn(runner.run());
+    }
+
+    /// Takes a turn whose lease has run out, and runs it here, if this server may.
+    pub(crate) async fn adopt(&self, session: &SessionId, turn: TurnId) -> Result<(), Error> {
+        let shared = &self.0;
+        if shared.tasks.is_closed() || !shared.has_settled() {
+            return Ok(());
+        }
+        let Ok(permit) = shared.permits.clone().try_acquire_owned() else {
+            return Ok(());
+        };
+        let adopting = self.clone().take(session.clone(), turn, permit);
+        let adopted = shared.tasks.spawn(adopting).await;
+        adopted.map_err(|_| Error::Internal)?
+    }
+
+    async fn take(
+        self,
+        session: SessionId,
+        turn: TurnId,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<(), Error> {
+        let lease = self.0.lease(Token::new());
+        let take = self.0.take_turn(turn, lease, false);
+        if let Taken::Leased(leased) = self.0.store.take_turn(&session, take).await? {
+            tracing::info!(attempt = leased.attempt, "a turn is run anew here");
+            self.run(Run {
+                session,
+                turn,
+                fingerprint: None,
+                stop_on_disconnect: false,
+                leased,
+                lease,
+                permit: Mutex::new(Some(permit)),
+            });
+        }
+        Ok(())
+    }
+
+    /// Stops a turn, or the one that runs, and returns its id and what was stored of it.
+    pub async fn stop(
+        &self,
+        session: &SessionId,
+        turn: Option<(TurnId, String)>,
+        stop: Stop,
+    ) -> Result<(String, Vec<(Sequence, Message)>), Error> {
+        let store = &self.0.store;
+        let id = turn.as_ref().map(|(id, _)| *id);
+        let found = store.stop_turn(session, id, stop).await?;
+        let Some(StoppedTurn {
+            turn,
+            name,
+            mut state,
+        }) = found
+        else {
+            let turn_id = turn.map(|(_, name)| name).unwrap_or_default();
+            return Err(Error::TurnNotFound { turn_id });
+        };
+        if let Some(held) = self.held(session, &turn) {
+            held.poke.notify_one();
+        }
+        let patience_ends = Instant::now() + STOP_PATIENCE;
+        let mut is_seized = false;
+        loop {
+            match state {
+                TurnState::Running { .. } => {}
+                TurnState::Completed { appended, .. } => {
+                    return Ok((name, self.stored(session, appended).await?));
+                }
+                TurnState::Failed { .. } => return Ok((name, Vec::new())),
+            }
+            if Instant::now() >= patience_ends && !is_seized {
+                // Its holder is dead or stalls: it is ended from here, with what is in its log.
+                is_seized = true;
+                self.seize(session, turn).await?;
+            }
+            sleep(STOP_POLL).await;
+            let found = store.follow_turn(session, look(turn)).await?;
+            state = found.ok_or(crate::store::Error::Cleared)?.state;
+        }
+    }
+
+    /// Takes a turn that is to be stopped from its holder, alive or not.
+    async fn seize(&self, session: &SessionId, turn: TurnId) -> Result<(), Error> {
+        let lease = self.0.lease(Token::new());
+        let take = self.0.take_turn(turn, lease, true);
+        if let Taken::Leased(leased) = self.0.store.take_turn(session, take).await? {
+            self.run(Run {
+                session: session.clone(),
+                turn,
+                fingerprint: None,
+                stop_on_disconnect: false,
+                leased,
+                lease,
+                permit: Mutex::default(),
+            });
+        }
+        Ok(())
     }
 
     /// Takes no more turns and waits for the running ones to end.
@@ -156,7 +485,7 @@ impl Turns {
         self.0.tasks.wait().await;
     }
 
-    /// Takes no more turns and ends the running ones; nothing of them is stored.
+    /// Takes no more turns and gives the running ones up, for other servers to run.
     pub fn abort(&self) {
         self.0.tasks.close();
         self.0.abort.cancel();
@@ -164,287 +493,74 @@ impl Turns {
 
     /// How many turns run now.
     pub fn running(&self) -> usize {
-        self.0.tasks.len()
+        lock(&self.0.held).len()
+    }
+
+    pub(crate) fn held(&self, session: &SessionId, turn: &TurnId) -> Option<Arc<Held>> {
+        let key = (session.clone(), *turn);
+        lock(&self.0.held).get(&key).cloned()
+    }
+
+    pub(crate) fn store(&self) -> &dyn Store {
+        &*self.0.store
+    }
+
+    /// The stored messages of a turn.
+    pub(crate) async fn stored(
+        &self,
+        session: &SessionId,
+        appended: Appended,
+    ) -> Result<Vec<(Sequence, Message)>, Error> {
+        self.0.stored(session, appended).await
     }
 }
 
-/// A session's place for its one running turn. Dropping it makes room for the next.
-struct Place {
-    shared: Arc<Shared>,
+/// A turn to run here.
+struct Run {
     session: SessionId,
-    _permit: OwnedSemaphorePermit,
+    turn: TurnId,
+    fingerprint: Option<[u8; 16]>,
+    stop_on_disconnect: bool,
+    leased: Leased,
+    lease: Lease,
+    /// Given back when it is `None`; never there for a turn that only has to be ended.
+    permit: Mutex<Option<OwnedSemaphorePermit>>,
 }
 
-impl Place {
-    fn take(shared: &Arc<Shared>, ask: &Ask, permit: OwnedSemaphorePermit) -> Result<Self, Error> {
-        let mut running = lock(&shared.running);
-        if let Some(turn_id) = running.get(&ask.session) {
-            let turn_id = turn_id.clone();
-            return Err(Error::TurnInProgress { turn_id });
+impl Shared {
+    fn lease(&self, token: Token) -> Lease {
+        Lease {
+            token,
+            lease_ms: to_ms(self.settings.lease),
+            retention_ms: to_ms(self.settings.retention),
+            reserve: RESERVE,
         }
-        running.insert(ask.session.clone(), ask.turn_id.clone());
-        Ok(Self {
-            shared: Arc::clone(shared),
-            session: ask.session.clone(),
-            _permit: permit,
-        })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        lock(&self.shared.running).remove(&self.session);
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is inside stays right when a thread panics: each change is one step.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// One turn, as it runs.
-struct Turn {
-    shared: Arc<Shared>,
-    ask: Ask,
-    log: log::Writer,
-}
-
-/// An answer, as far as it has come.
-#[derive(Default)]
-struct Answer {
-    text: String,
-    reasoning: String,
-    tool_call_bytes: usize,
-}
-
-impl Answer {
-    fn size(&self) -> usize {
-        self.text.len() + self.reasoning.len() + self.tool_call_bytes
-    }
-}
-
-/// How the model's part of a turn ended.
-enum Ending {
-    Complete(model::End),
-    /// The client left and wanted the turn to end with it.
-    Stopped,
-}
-
-impl Turn {
-    async fn run(self, place: Place) {
-        let now = Instant::now();
-        let turn_limit = self.shared.settings.turn_limit;
-        let limit = now + turn_limit;
-        let deadline = self.ask.deadline.filter(|deadline| *deadline < limit);
-        let ends_at = deadline.unwrap_or(limit);
-        let abort = self.shared.abort.clone();
-        let outcome = tokio::select! {
-            outcome = timeout_at(ends_at, self.steps()) => match outcome {
-                Ok(outcome) => outcome,
-                Err(_) if deadline.is_some() => Err(Error::DeadlineExceeded {
-                    may_be_stored: self.log.is_storing(),
-                }),
-                Err(_) => Err(Error::TurnTooLong { limit: turn_limit }),
-            },
-            () = abort.cancelled() => Err(Error::ShuttingDown),
-        };
-        if let Err(error) = &outcome {
-            // By its reason only: a provider's own words may quote the conversation.
-            tracing::info!(reason = error.reason(), "a turn ended without being stored");
-        }
-        // A client that has its `completed` may start the next turn at once.
-        drop(place);
-        self.log.end(outcome);
     }
 
-    async fn steps(&self) -> Result<Option<Event>, Error> {
-        if self.ask.may_be_repeated {
-            let stored = self
-                .shared
-                .store
-                .recall(&self.ask.session, &self.ask.request)
-                .await;
-            if let Some(appended) = stored.map_err(|error| Error::of_write(error, "turn_id"))? {
-                return self.tell_again(appended).await.map(Some);
-            }
+    fn take_turn(&self, turn: TurnId, lease: Lease, by_force: bool) -> TakeTurn {
+        TakeTurn {
+            turn,
+            lease,
+            by_force,
+            tries_max: if self.settings.adopts { TRIES_MAX } else { 1 },
+            outcome: outcome::write(&Recorded::of(&Error::TurnAbandoned)),
         }
-        let (history, epoch) = self.history().await?;
-        self.started(history.len());
-
-        let mut prompt = self.ask.prompt.clone();
-        prompt.messages = history;
-        prompt.messages.extend(self.ask.drafts.iter().cloned());
-        let mut answer = Answer::default();
-        let ending = tokio::select! {
-            ending = self.ask_model(prompt, &mut answer) => ending?,
-            () = self.log.abandoned(), if self.ask.stop_on_disconnect => Ending::Stopped,
-        };
-        if matches!(ending, Ending::Stopped) && answer.text.is_empty() {
-            return Ok(None);
-        }
-        self.store(answer, ending, epoch).await.map(Some)
     }
 
-    fn started(&self, history_messages: usize) {
-        let model = self.ask.prompt.model.as_deref();
-        self.log.push(Event::Started {
-            turn_id: self.ask.turn_id.clone(),
-            model: model
-                .unwrap_or(self.shared.model.default_model())
-                .to_owned(),
-            history_messages,
-        });
+    /// Whether the store could be reached for as long as a lease lasts. After it was away, the
+    /// holders of turns get this long to come back before their turns are taken from them.
+    fn has_settled(&self) -> bool {
+        match *lock(&self.reachable_since) {
+            Some(since) => since.elapsed() >= self.settings.lease,
+            None => true,
+        }
     }
 
-    /// The newest messages of the session that can be read, oldest first.
-    async fn history(&self) -> Result<(Vec<Draft>, Epoch), Error> {
-        let settings = &self.shared.settings;
-        let wanted = self
-            .ask
-            .history_messages
-            .unwrap_or(settings.history_messages);
-        let mut newest: Vec<Element> = Vec::new();
-        let mut bytes_left = HISTORY_BYTES_MAX;
-        let mut before = None;
-        let epoch = loop {
-            let read = Read {
-                order: Order::NewestFirst,
-                after: 0,
-                before,
-                last: None,
-                limit: (wanted - newest.len()).max(1),
-                bytes_max: PAGE_BYTES_MAX,
-            };
-            let page = self.shared.store.read(&self.ask.session, read).await?;
-            for element in page.elements {
-                if let Body::Bytes(bytes) = &element.body {
-                    bytes_left =
-                        bytes_left
-                            .checked_sub(bytes.len())
-                            .ok_or(Error::HistoryTooLarge {
-                                limit: HISTORY_BYTES_MAX,
-                            })?;
-                }
-                before = Some(element.sequence);
-                newest.push(element);
-            }
-            if !page.more || newest.len() >= wanted {
-                break page.epoch;
-            }
-        };
-        newest.truncate(wanted);
-        newest.reverse();
-        let messages = newest.iter().filter_map(read_message).collect();
-        Ok((window::choose(messages), epoch))
-    }
-
-    /// Asks the model and passes on what it says.
-    async fn ask_model(&self, prompt: Prompt, answer: &mut Answer) -> Result<Ending, Error> {
-        let mut pieces = self.shared.model.answer(prompt).await?;
-        while let Some(piece) = pieces.next().await {
-            let mut delta = Delta::default();
-            match piece? {
-                Piece::Text(text) => {
-                    answer.text.push_str(&text);
-                    delta.text = text;
-                }
-                Piece::Reasoning(reasoning) => {
-                    answer.reasoning.push_str(&reasoning);
-                    delta.reasoning = reasoning;
-                }
-                Piece::ToolCall(call) => {
-                    answer.tool_call_bytes += call.arguments.len();
-                    delta.tool_calls.push(call);
-                }
-                Piece::End(end) => return Ok(Ending::Complete(end)),
-            }
-            if answer.size() > ANSWER_BYTES_MAX {
-                let limit = ANSWER_BYTES_MAX;
-                return Err(Error::AnswerTooLarge { limit });
-            }
-            self.log.push(Event::Delta(delta));
-        }
-        let missing = "it ended without saying that it is complete";
-        Err(model::Error::Broken(missing.to_owned()).into())
-    }
-
-    /// Stores question and answer in one step.
-    async fn store(&self, answer: Answer, ending: Ending, epoch: Epoch) -> Result<Event, Error> {
-        let ask = &self.ask;
-        let mut draft = Draft::text(Role::Assistant, answer.text);
-        draft.reasoning = Some(answer.reasoning).filter(|reasoning| !reasoning.is_empty());
-        let mut finish_reason = FinishReason::Unspecified;
-        let mut usage = None;
-        let interrupted = matches!(ending, Ending::Stopped);
-        if let Ending::Complete(end) = ending {
-            draft.tool_calls = end.tool_calls;
-            draft.usage = end.usage;
-            finish_reason = end.finish_reason;
-            usage = end.usage;
-        }
-        let default_model = self.shared.model.default_model();
-        let model = ask.prompt.model.as_deref().unwrap_or(default_model);
-        draft.langchain = response_metadata(model, finish_reason);
-
-        let mut drafts = ask.drafts.clone();
-        drafts.push(draft);
-        let time_ms = now_ms();
-        let id_seed = format!("turn {}", ask.turn_id);
-        let mut messages = stored_messages(&ask.session, &id_seed, drafts, time_ms);
-        for message in &mut messages {
-            message.turn_id = Some(ask.turn_id.clone());
-        }
-        if let Some(answer) = messages.last_mut() {
-            answer.interrupted = interrupted;
-        }
-        let append = Append {
-            elements: messages.iter().map(langchain::encode).collect(),
-            request: ask.request,
-            time_ms,
-            expected_last_sequence: None,
-            expected_epoch: Some(epoch),
-        };
-        self.log.storing();
-        let appended = self.shared.store.append(&ask.session, append).await;
-        let appended = appended.map_err(|error| Error::of_write(error, "turn_id"))?;
-        if appended.repeated {
-            // Another server ran the same turn and was quicker: its answer is the stored one.
-            let messages = self.stored(appended).await?;
-            return Ok(completed(messages, usage, finish_reason));
-        }
-        let messages = (appended.first_sequence..).zip(messages).collect();
-        Ok(completed(messages, usage, finish_reason))
-    }
-
-    /// Tells a turn that was stored before, as if it ran now.
-    async fn tell_again(&self, appended: Appended) -> Result<Event, Error> {
-        let messages = self.stored(appended).await?;
-        self.started(0);
-        let answer = messages.last().map(|(_, message)| &message.draft);
-        if let Some(answer) = answer {
-            let calls = answer.tool_calls.iter().enumerate();
-            let delta = Delta {
-                text: answer.content.text(),
-                reasoning: answer.reasoning.clone().unwrap_or_default(),
-                tool_calls: calls
-                    .map(|(index, call)| model::ToolCallPiece {
-                        index,
-                        id: Some(call.id.clone()),
-                        name: Some(call.name.clone()),
-                        arguments: call.arguments.as_str().to_owned(),
-                    })
-                    .collect(),
-            };
-            if delta != Delta::default() {
-                self.log.push(Event::Delta(delta));
-            }
-        }
-        let usage = answer.and_then(|answer| answer.usage);
-        Ok(completed(messages, usage, FinishReason::Unspecified))
-    }
-
-    /// The stored messages of an append.
-    async fn stored(&self, appended: Appended) -> Result<Vec<(Sequence, Message)>, Error> {
+    async fn stored(
+        &self,
+        session: &SessionId,
+        appended: Appended,
+    ) -> Result<Vec<(Sequence, Message)>, Error> {
         let mut messages = Vec::with_capacity(appended.count);
         let end = appended.first_sequence + appended.count as Sequence;
         while messages.len() < appended.count {
@@ -457,7 +573,7 @@ impl Turn {
                 limit: appended.count - messages.len(),
                 bytes_max: PAGE_BYTES_MAX,
             };
-            let page = self.shared.store.read(&self.ask.session, read).await?;
+            let page = self.store.read(session, read).await?;
             if page.elements.is_empty() {
                 // Somebody deleted them since.
                 return Err(crate::store::Error::Cleared.into());
@@ -471,16 +587,59 @@ impl Turn {
     }
 }
 
-fn completed(
-    messages: Vec<(Sequence, Message)>,
-    usage: Option<Usage>,
-    finish_reason: FinishReason,
-) -> Event {
-    Event::Completed {
-        messages,
-        usage,
-        finish_reason,
+/// Looks after what others leave: notes when the store comes back, and adopts orphaned turns.
+async fn tend(shared: Weak<Shared>) {
+    let Some(mut reachable) = shared.upgrade().map(|shared| shared.store.reachable()) else {
+        return;
+    };
+    loop {
+        let pause = ADOPT_EVERY.mul_f64(rand::random_range(0.6..1.0));
+        let changed = tokio::time::timeout(pause, reachable.changed()).await;
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        match changed {
+            Ok(Ok(())) => {
+                *lock(&shared.reachable_since) = Some(Instant::now());
+                continue;
+            }
+            // The store has stopped watching itself.
+            Ok(Err(_)) => sleep(pause).await,
+            Err(_) => {}
+        }
+        if shared.settings.adopts && shared.has_settled() && *shared.store.reachable().borrow() {
+            let turns = Turns(shared);
+            match turns.0.store.orphaned_turns(ADOPT_MAX).await {
+                Ok(orphans) => {
+                    for (session, turn) in orphans {
+                        if let Err(error) = turns.adopt(&session, turn).await {
+                            tracing::warn!(reason = &*error.reason(), "cannot adopt a turn");
+                        }
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "cannot look for orphaned turns"),
+            }
+        }
     }
+}
+
+/// Asks for a turn's state only.
+fn look(turn: TurnId) -> FollowTurn {
+    FollowTurn {
+        turn,
+        from_chunk: u32::MAX,
+        bytes_max: 0,
+        is_noted: false,
+    }
+}
+
+fn to_ms(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is inside stays right when a thread panics: each change is one step.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn read_message(element: &Element) -> Option<Message> {
@@ -488,20 +647,4 @@ fn read_message(element: &Element) -> Option<Message> {
         Body::Bytes(bytes) => langchain::decode(bytes).ok(),
         Body::TooLarge(_) => None,
     }
-}
-
-/// What LangChain's own chat models note with an answer.
-fn response_metadata(model: &str, finish_reason: FinishReason) -> Option<Json> {
-    let finish_reason = match finish_reason {
-        FinishReason::Unspecified => None,
-        FinishReason::Stop => Some("stop"),
-        FinishReason::Length => Some("length"),
-        FinishReason::ToolCalls => Some("tool_calls"),
-        FinishReason::ContentFilter => Some("content_filter"),
-        FinishReason::Other => Some("other"),
-    };
-    let metadata = serde_json::json!({
-        "response_metadata": { "model_name": model, "finish_reason": finish_reason },
-    });
-    Json::parse("langchain", &metadata.to_string()).ok()
 }

@@ -7,6 +7,7 @@ use chat_memory::{
     model::{Model, echo::Echo},
     pb::{self, chat_memory_client::ChatMemoryClient},
     server::{self, Listener, Parts},
+    service,
     store::{Store, sqlite::Sqlite},
     turn::{self, Turns},
 };
@@ -83,10 +84,11 @@ pub async fn server_on(
     let turns = Turns::new(
         Arc::clone(&store),
         options.model,
+        service::parse_ask,
         turn::Settings {
-            history_messages: 50,
             turn_limit: options.turn_limit,
             turns_max: options.turns_max,
+            ..turn::Settings::default()
         },
     );
     let parts = Parts {

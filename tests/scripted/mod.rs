@@ -15,7 +15,7 @@ use std::{
 use chat_memory::pb::{
     AppendRequest, AppendResponse, ChatRequest, ChatResponse, ClearRequest, ClearResponse,
     Completed, Delta, FinishReason, GetMessagesRequest, GetMessagesResponse, Message, OnDisconnect,
-    Role, Started, ToolCall,
+    Role, Started, StopChatRequest, StopChatResponse, ToolCall,
     chat_memory_server::{ChatMemory, ChatMemoryServer},
     chat_response::Event,
 };
@@ -284,6 +284,13 @@ impl ChatMemory for Scripted {
     async fn clear(&self, _: Request<ClearRequest>) -> Result<Response<ClearResponse>, Status> {
         let deleted_count = self.state().messages.drain(..).count() as i64;
         Ok(Response::new(ClearResponse { deleted_count }))
+    }
+
+    async fn stop_chat(
+        &self,
+        _: Request<StopChatRequest>,
+    ) -> Result<Response<StopChatResponse>, Status> {
+        Ok(Response::new(StopChatResponse::default()))
     }
 
     async fn chat(

@@ -92,6 +92,10 @@ class SessionCleared(Aborted):
     """The session was cleared while the turn ran, so nothing of the turn was stored."""
 
 
+class NotFound(ChatMemoryError):
+    """There is no such turn, or none runs."""
+
+
 class FailedPrecondition(ChatMemoryError):
     """The call cannot succeed as things are: the store's data or the model's refusal prevent it."""
 
@@ -143,6 +147,7 @@ _BY_REASON: dict[str, type[ChatMemoryError]] = {
 
 _BY_CODE: dict[grpc.StatusCode, type[ChatMemoryError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ABORTED: Aborted,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,

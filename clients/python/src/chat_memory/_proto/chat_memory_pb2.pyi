@@ -9,12 +9,15 @@ Errors. Every error carries `google.rpc` details: an `ErrorInfo` with domain
 fault, a `RetryInfo` where a retry helps. The reasons:
 
   INVALID_ARGUMENT     INVALID_FIELD, REQUEST_ID_REUSED, UNKNOWN_MODEL, MALFORMED_REQUEST
-  ABORTED              SEQUENCE_MISMATCH, TURN_IN_PROGRESS, SESSION_CLEARED
+  NOT_FOUND            TURN_NOT_FOUND
+  ABORTED              SEQUENCE_MISMATCH, TURN_IN_PROGRESS, TURN_STOPPED, SESSION_CLEARED
   FAILED_PRECONDITION  WRONG_KEY_TYPE, CORRUPT_STORE, MODEL_REJECTED, MODEL_UNAUTHORIZED
   RESOURCE_EXHAUSTED   REQUEST_TOO_LARGE, ANSWER_TOO_LARGE, HISTORY_TOO_LARGE,
-                       TOO_MANY_REQUESTS, TOO_MANY_TURNS, MODEL_RATE_LIMITED, STORE_FULL
+                       TOO_MANY_REQUESTS, TOO_MANY_TURNS, TOO_MANY_WAITING,
+                       MODEL_RATE_LIMITED, STORE_FULL
   UNAVAILABLE          STORE_UNAVAILABLE (nothing was written), OUTCOME_UNKNOWN (a write may
-                       have been stored), MODEL_UNAVAILABLE, MODEL_STREAM_BROKEN, SHUTTING_DOWN
+                       have been stored), MODEL_UNAVAILABLE, MODEL_STREAM_BROKEN, SHUTTING_DOWN,
+                       TURN_MOVED, TURN_ABANDONED (its servers died, three times)
   DEADLINE_EXCEEDED    DEADLINE_EXCEEDED, TURN_TOO_LONG
   UNIMPLEMENTED        NOT_IMPLEMENTED
   INTERNAL             INTERNAL: a defect of the server
@@ -173,9 +176,12 @@ class _OnConflictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnConflict
     ON_CONFLICT_REJECT: _OnConflict.ValueType  # 1
     """Fail with ABORTED, TURN_IN_PROGRESS; the details name the running turn."""
     ON_CONFLICT_QUEUE: _OnConflict.ValueType  # 2
-    """Wait for the running turn to end. Not implemented yet: UNIMPLEMENTED."""
+    """Wait, in line with other calls that do, until it has ended: at most as long as the caller's
+    deadline, and as long as a turn may take (then ABORTED, TURN_IN_PROGRESS). At most 100 calls
+    wait at a session (RESOURCE_EXHAUSTED, TOO_MANY_WAITING).
+    """
     ON_CONFLICT_SUPERSEDE: _OnConflict.ValueType  # 3
-    """Stop the running turn. Not implemented yet: UNIMPLEMENTED."""
+    """Stop the running turn as StopChat does, keeping what there is of its answer."""
 
 class OnConflict(_OnConflict, metaclass=_OnConflictEnumTypeWrapper):
     """What to do when the session has a running turn."""
@@ -185,9 +191,12 @@ ON_CONFLICT_UNSPECIFIED: OnConflict.ValueType  # 0
 ON_CONFLICT_REJECT: OnConflict.ValueType  # 1
 """Fail with ABORTED, TURN_IN_PROGRESS; the details name the running turn."""
 ON_CONFLICT_QUEUE: OnConflict.ValueType  # 2
-"""Wait for the running turn to end. Not implemented yet: UNIMPLEMENTED."""
+"""Wait, in line with other calls that do, until it has ended: at most as long as the caller's
+deadline, and as long as a turn may take (then ABORTED, TURN_IN_PROGRESS). At most 100 calls
+wait at a session (RESOURCE_EXHAUSTED, TOO_MANY_WAITING).
+"""
 ON_CONFLICT_SUPERSEDE: OnConflict.ValueType  # 3
-"""Stop the running turn. Not implemented yet: UNIMPLEMENTED."""
+"""Stop the running turn as StopChat does, keeping what there is of its answer."""
 Global___OnConflict: _TypeAlias = OnConflict  # noqa: Y015
 
 class _OnDisconnect:
@@ -201,20 +210,20 @@ class _OnDisconnectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnDiscon
     ON_DISCONNECT_CONTINUE: _OnDisconnect.ValueType  # 1
     """The turn goes on and is stored when it completes."""
     ON_DISCONNECT_STOP: _OnDisconnect.ValueType  # 2
-    """The turn stops. If there is any text of an answer yet, the question and what there is of the answer
-    are stored, the answer with `interrupted` set and without tool calls; otherwise nothing is.
+    """The turn stops about a second after the last follower has left, at whichever server, as
+    StopChat stops it.
     """
 
 class OnDisconnect(_OnDisconnect, metaclass=_OnDisconnectEnumTypeWrapper):
-    """What becomes of a turn whose client went away."""
+    """What becomes of a turn that nobody follows any more."""
 
 ON_DISCONNECT_UNSPECIFIED: OnDisconnect.ValueType  # 0
 """The default: continue."""
 ON_DISCONNECT_CONTINUE: OnDisconnect.ValueType  # 1
 """The turn goes on and is stored when it completes."""
 ON_DISCONNECT_STOP: OnDisconnect.ValueType  # 2
-"""The turn stops. If there is any text of an answer yet, the question and what there is of the answer
-are stored, the answer with `interrupted` set and without tool calls; otherwise nothing is.
+"""The turn stops about a second after the last follower has left, at whichever server, as
+StopChat stops it.
 """
 Global___OnDisconnect: _TypeAlias = OnDisconnect  # noqa: Y015
 
@@ -834,10 +843,11 @@ class ChatRequest(_message.Message):
     session_id: _builtins.str
     """Required. As in `AppendRequest`."""
     turn_id: _builtins.str
-    """Optional. Names the turn and makes the call safe to repeat: within 24 hours after a turn was
-    stored, the same id with the same request returns the stored answer and does not ask the
-    model again; with another request it is refused with INVALID_ARGUMENT, REQUEST_ID_REUSED.
-    The server makes one when it is empty. At most 256 bytes of UTF-8 without control characters.
+    """Names the turn and makes the call safe to repeat: while the turn is remembered (24 hours after
+    its end, or what the server's `--turn-retention` says), the same id with the same request
+    follows it; with another request it is refused with INVALID_ARGUMENT, REQUEST_ID_REUSED. A turn
+    that failed runs again. Optional with messages: the server makes one when it is empty.
+    At most 256 bytes of UTF-8 without control characters.
     """
     model: _builtins.str
     """Optional. The model that answers, by the provider's name for it; the server's default when
@@ -846,13 +856,13 @@ class ChatRequest(_message.Message):
     system_prompt: _builtins.str
     """Optional. Instructions for the model, sent before the history and not stored. At most 1 MiB."""
     resume_after: _builtins.int
-    """Not implemented yet: UNIMPLEMENTED if not 0. The number of the last event already received."""
-    on_conflict: Global___OnConflict.ValueType
-    """Optional. Reject by default. One server sees only its own turns: two servers on one Redis may
-    run a turn each on the same session, and each is stored whole.
+    """Optional. The number of the last event already received: the stream goes on after it. 0 for
+    the whole turn.
     """
+    on_conflict: Global___OnConflict.ValueType
+    """Optional. Reject by default. Not part of the request that must be the same when it is repeated."""
     on_disconnect: Global___OnDisconnect.ValueType
-    """Optional. Continue by default."""
+    """Optional. Continue by default. That of the call that began the turn counts."""
     last_messages: _builtins.int
     """Optional. The most messages of history to give to the model: 1 to 1,000. The server's default
     (`--history-messages`) when not set. A history never begins with a tool result whose call is
@@ -860,9 +870,11 @@ class ChatRequest(_message.Message):
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """Required. What is new: a user message, or the results of the tools that the model called.
-        1 to 100 messages under the rules of `AppendRequest`, but together at most 2 MiB, and none of
-        them ROLE_ASSISTANT.
+        """What is new: a user message, or the results of the tools that the model called. 1 to 100
+        messages under the rules of `AppendRequest`, but together at most 2 MiB, and none of them
+        ROLE_ASSISTANT. A tool result must name a call of the session's last answer that has no result
+        yet (INVALID_ARGUMENT). Without messages, the call follows the turn `turn_id`, or is refused
+        with NOT_FOUND, TURN_NOT_FOUND; fields 4, 5 and 9 to 11 are ignored then.
         """
 
     @_builtins.property
@@ -909,7 +921,9 @@ class ChatResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     COMPLETED_FIELD_NUMBER: _builtins.int
     event_number: _builtins.int
-    """The number of the event within its turn, from 1 on, without gaps."""
+    """The number of the event within its turn, from 1 on. It rises by one with each event, but leaps
+    at the `started` of a further attempt.
+    """
     @_builtins.property
     def started(self) -> Global___Started:
         """The turn runs."""
@@ -942,29 +956,33 @@ Global___ChatResponse: _TypeAlias = ChatResponse  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """A turn has begun."""
+    """An attempt at a turn has begun. What an earlier one said is void."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TURN_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     HISTORY_MESSAGES_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     turn_id: _builtins.str
     """The turn's id: the client's, or the server's where it gave none."""
     model: _builtins.str
     """The model that was asked for."""
     history_messages: _builtins.int
     """How many messages of history the model was given, the new ones not counted."""
+    attempt: _builtins.int
+    """Which attempt at the turn this is: 1 for the first."""
     def __init__(
         self,
         *,
         turn_id: _builtins.str = ...,
         model: _builtins.str = ...,
         history_messages: _builtins.int = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_messages", b"history_messages", "model", b"model", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "history_messages", b"history_messages", "model", b"model", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1046,7 +1064,7 @@ class Completed(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
-    """Why the model ended its answer. Not set if the answer is a stored one (see `turn_id`)."""
+    """Why the model ended its answer. Not set if the answer was stopped."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The messages of the turn as stored: the new ones of the request, then the answer."""
@@ -1069,3 +1087,61 @@ class Completed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Completed: _TypeAlias = Completed  # noqa: Y015
+
+@_typing.final
+class StopChatRequest(_message.Message):
+    """The request of `StopChat`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    DISCARD_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Required. As in `AppendRequest`."""
+    turn_id: _builtins.str
+    """Optional. The turn; the one that runs when empty. NOT_FOUND, TURN_NOT_FOUND if there is none."""
+    discard: _builtins.bool
+    """Optional. Store nothing of the turn."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        turn_id: _builtins.str = ...,
+        discard: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["discard", b"discard", "session_id", b"session_id", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopChatRequest: _TypeAlias = StopChatRequest  # noqa: Y015
+
+@_typing.final
+class StopChatResponse(_message.Message):
+    """The answer of `StopChat`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.str
+    """The turn that has ended."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """Its messages as stored; none if nothing of it is."""
+
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.str = ...,
+        messages: _abc.Iterable[Global___Message] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopChatResponse: _TypeAlias = StopChatResponse  # noqa: Y015

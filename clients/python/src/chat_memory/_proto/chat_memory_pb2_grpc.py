@@ -58,6 +58,11 @@ class ChatMemoryStub(object):
                 request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.ChatRequest.SerializeToString,
                 response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.ChatResponse.FromString,
                 _registered_method=True)
+        self.StopChat = channel.unary_unary(
+                '/chatmemory.v1.ChatMemory/StopChat',
+                request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.StopChatRequest.SerializeToString,
+                response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.StopChatResponse.FromString,
+                _registered_method=True)
 
 
 class ChatMemoryServicer(object):
@@ -89,8 +94,8 @@ class ChatMemoryServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Clear(self, request, context):
-        """Deletes everything the server holds on a session: its messages and its idempotency records.
-        A turn that is running stores nothing afterwards (it ends with ABORTED, SESSION_CLEARED).
+        """Deletes everything the server holds on a session: its messages, its turns with what was asked
+        and what was said, and its idempotency records. A turn that is running stores nothing afterwards (it ends with ABORTED, SESSION_CLEARED).
 
         What stays is the last sequence given out, without any content and for 30 days, so that no
         sequence is ever given twice. Safe to repeat.
@@ -101,14 +106,36 @@ class ChatMemoryServicer(object):
 
     def Chat(self, request, context):
         """Runs one turn: gives the session's history and the new messages to the model, streams the
-        answer, stores question and answer in one step.
+        answer, stores question and answer in one step. Or, with the `turn_id` of a turn that there is
+        already, follows that turn, while it runs and after it, at any server on the same store.
 
         The stream is, in this order:
         1. one `started`;
         2. any number of `delta`s, each sent as soon as the model produced it;
         3. one `completed`, sent only after the store has acknowledged the turn.
-        Or it ends early with an error status; then nothing of the turn is in the history, except
-        after OUTCOME_UNKNOWN, where it may be: repeat the call with the same `turn_id` to learn it.
+        Or it ends early with an error status.
+
+        A turn does not end with its stream, nor with the caller's deadline (but see `on_disconnect`).
+        Whoever asks again with the same `turn_id` gets the same turn, from `resume_after` on; the model
+        is not asked again while it runs or once it has completed. If the server that runs a turn dies,
+        another one runs it anew, three times in all: a further `started` with a higher `attempt` says
+        so, and what was said before it is void. If the model fails, nothing of the turn is in the
+        history, and the same call runs it again.
+
+        If the store does not take a turn at its end, the stream ends with UNAVAILABLE. The server
+        keeps the answer and stores it as soon as it can; the same call then delivers it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopChat(self, request, context):
+        """Ends a running turn, wherever it runs, within about a second. The question and what there is of
+        the answer are stored, the answer with `interrupted` set and without tool calls; those who
+        follow the turn get `completed`. Where there is no text of an answer yet, or with `discard`,
+        nothing is stored and they get ABORTED, TURN_STOPPED.
+
+        A turn that has ended already stays as it is: safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,6 +163,11 @@ def add_ChatMemoryServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.ChatRequest.FromString,
                     response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.ChatResponse.SerializeToString,
+            ),
+            'StopChat': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopChat,
+                    request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.StopChatRequest.FromString,
+                    response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.StopChatResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -250,6 +282,33 @@ class ChatMemory(object):
             '/chatmemory.v1.ChatMemory/Chat',
             chatmemory_dot_v1_dot_chat__memory__pb2.ChatRequest.SerializeToString,
             chatmemory_dot_v1_dot_chat__memory__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopChat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chatmemory.v1.ChatMemory/StopChat',
+            chatmemory_dot_v1_dot_chat__memory__pb2.StopChatRequest.SerializeToString,
+            chatmemory_dot_v1_dot_chat__memory__pb2.StopChatResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,12 +9,15 @@ Errors. Every error carries `google.rpc` details: an `ErrorInfo` with domain
 fault, a `RetryInfo` where a retry helps. The reasons:
 
   INVALID_ARGUMENT     INVALID_FIELD, REQUEST_ID_REUSED, UNKNOWN_MODEL, MALFORMED_REQUEST
-  ABORTED              SEQUENCE_MISMATCH, TURN_IN_PROGRESS, SESSION_CLEARED
+  NOT_FOUND            TURN_NOT_FOUND
+  ABORTED              SEQUENCE_MISMATCH, TURN_IN_PROGRESS, TURN_STOPPED, SESSION_CLEARED
   FAILED_PRECONDITION  WRONG_KEY_TYPE, CORRUPT_STORE, MODEL_REJECTED, MODEL_UNAUTHORIZED
   RESOURCE_EXHAUSTED   REQUEST_TOO_LARGE, ANSWER_TOO_LARGE, HISTORY_TOO_LARGE,
-                       TOO_MANY_REQUESTS, TOO_MANY_TURNS, MODEL_RATE_LIMITED, STORE_FULL
+                       TOO_MANY_REQUESTS, TOO_MANY_TURNS, TOO_MANY_WAITING,
+                       MODEL_RATE_LIMITED, STORE_FULL
   UNAVAILABLE          STORE_UNAVAILABLE (nothing was written), OUTCOME_UNKNOWN (a write may
-                       have been stored), MODEL_UNAVAILABLE, MODEL_STREAM_BROKEN, SHUTTING_DOWN
+                       have been stored), MODEL_UNAVAILABLE, MODEL_STREAM_BROKEN, SHUTTING_DOWN,
+                       TURN_MOVED, TURN_ABANDONED (its servers died, three times)
   DEADLINE_EXCEEDED    DEADLINE_EXCEEDED, TURN_TOO_LONG
   UNIMPLEMENTED        NOT_IMPLEMENTED
   INTERNAL             INTERNAL: a defect of the server
@@ -68,22 +71,40 @@ class ChatMemoryStub:
     go missing.
     """
     Clear: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.ClearRequest, _chat_memory_pb2.ClearResponse]
-    """Deletes everything the server holds on a session: its messages and its idempotency records.
-    A turn that is running stores nothing afterwards (it ends with ABORTED, SESSION_CLEARED).
+    """Deletes everything the server holds on a session: its messages, its turns with what was asked
+    and what was said, and its idempotency records. A turn that is running stores nothing afterwards (it ends with ABORTED, SESSION_CLEARED).
 
     What stays is the last sequence given out, without any content and for 30 days, so that no
     sequence is ever given twice. Safe to repeat.
     """
     Chat: _grpc.UnaryStreamMultiCallable[_chat_memory_pb2.ChatRequest, _chat_memory_pb2.ChatResponse]
     """Runs one turn: gives the session's history and the new messages to the model, streams the
-    answer, stores question and answer in one step.
+    answer, stores question and answer in one step. Or, with the `turn_id` of a turn that there is
+    already, follows that turn, while it runs and after it, at any server on the same store.
 
     The stream is, in this order:
       1. one `started`;
       2. any number of `delta`s, each sent as soon as the model produced it;
       3. one `completed`, sent only after the store has acknowledged the turn.
-    Or it ends early with an error status; then nothing of the turn is in the history, except
-    after OUTCOME_UNKNOWN, where it may be: repeat the call with the same `turn_id` to learn it.
+    Or it ends early with an error status.
+
+    A turn does not end with its stream, nor with the caller's deadline (but see `on_disconnect`).
+    Whoever asks again with the same `turn_id` gets the same turn, from `resume_after` on; the model
+    is not asked again while it runs or once it has completed. If the server that runs a turn dies,
+    another one runs it anew, three times in all: a further `started` with a higher `attempt` says
+    so, and what was said before it is void. If the model fails, nothing of the turn is in the
+    history, and the same call runs it again.
+
+    If the store does not take a turn at its end, the stream ends with UNAVAILABLE. The server
+    keeps the answer and stores it as soon as it can; the same call then delivers it.
+    """
+    StopChat: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.StopChatRequest, _chat_memory_pb2.StopChatResponse]
+    """Ends a running turn, wherever it runs, within about a second. The question and what there is of
+    the answer are stored, the answer with `interrupted` set and without tool calls; those who
+    follow the turn get `completed`. Where there is no text of an answer yet, or with `discard`,
+    nothing is stored and they get ABORTED, TURN_STOPPED.
+
+    A turn that has ended already stays as it is: safe to repeat.
     """
 
 @_typing.type_check_only
@@ -109,22 +130,40 @@ class ChatMemoryAsyncStub(ChatMemoryStub):
     go missing.
     """
     Clear: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.ClearRequest, _chat_memory_pb2.ClearResponse]  # type: ignore[assignment]
-    """Deletes everything the server holds on a session: its messages and its idempotency records.
-    A turn that is running stores nothing afterwards (it ends with ABORTED, SESSION_CLEARED).
+    """Deletes everything the server holds on a session: its messages, its turns with what was asked
+    and what was said, and its idempotency records. A turn that is running stores nothing afterwards (it ends with ABORTED, SESSION_CLEARED).
 
     What stays is the last sequence given out, without any content and for 30 days, so that no
     sequence is ever given twice. Safe to repeat.
     """
     Chat: _aio.UnaryStreamMultiCallable[_chat_memory_pb2.ChatRequest, _chat_memory_pb2.ChatResponse]  # type: ignore[assignment]
     """Runs one turn: gives the session's history and the new messages to the model, streams the
-    answer, stores question and answer in one step.
+    answer, stores question and answer in one step. Or, with the `turn_id` of a turn that there is
+    already, follows that turn, while it runs and after it, at any server on the same store.
 
     The stream is, in this order:
       1. one `started`;
       2. any number of `delta`s, each sent as soon as the model produced it;
       3. one `completed`, sent only after the store has acknowledged the turn.
-    Or it ends early with an error status; then nothing of the turn is in the history, except
-    after OUTCOME_UNKNOWN, where it may be: repeat the call with the same `turn_id` to learn it.
+    Or it ends early with an error status.
+
+    A turn does not end with its stream, nor with the caller's deadline (but see `on_disconnect`).
+    Whoever asks again with the same `turn_id` gets the same turn, from `resume_after` on; the model
+    is not asked again while it runs or once it has completed. If the server that runs a turn dies,
+    another one runs it anew, three times in all: a further `started` with a higher `attempt` says
+    so, and what was said before it is void. If the model fails, nothing of the turn is in the
+    history, and the same call runs it again.
+
+    If the store does not take a turn at its end, the stream ends with UNAVAILABLE. The server
+    keeps the answer and stores it as soon as it can; the same call then delivers it.
+    """
+    StopChat: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.StopChatRequest, _chat_memory_pb2.StopChatResponse]  # type: ignore[assignment]
+    """Ends a running turn, wherever it runs, within about a second. The question and what there is of
+    the answer are stored, the answer with `interrupted` set and without tool calls; those who
+    follow the turn get `completed`. Where there is no text of an answer yet, or with `discard`,
+    nothing is stored and they get ABORTED, TURN_STOPPED.
+
+    A turn that has ended already stays as it is: safe to repeat.
     """
 
 class ChatMemoryServicer(metaclass=_abc_1.ABCMeta):
@@ -165,8 +204,8 @@ class ChatMemoryServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_memory_pb2.ClearRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_memory_pb2.ClearResponse, _abc.Awaitable[_chat_memory_pb2.ClearResponse]]:
-        """Deletes everything the server holds on a session: its messages and its idempotency records.
-        A turn that is running stores nothing afterwards (it ends with ABORTED, SESSION_CLEARED).
+        """Deletes everything the server holds on a session: its messages, its turns with what was asked
+        and what was said, and its idempotency records. A turn that is running stores nothing afterwards (it ends with ABORTED, SESSION_CLEARED).
 
         What stays is the last sequence given out, without any content and for 30 days, so that no
         sequence is ever given twice. Safe to repeat.
@@ -179,14 +218,38 @@ class ChatMemoryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_memory_pb2.ChatResponse], _abc.AsyncIterator[_chat_memory_pb2.ChatResponse]]:
         """Runs one turn: gives the session's history and the new messages to the model, streams the
-        answer, stores question and answer in one step.
+        answer, stores question and answer in one step. Or, with the `turn_id` of a turn that there is
+        already, follows that turn, while it runs and after it, at any server on the same store.
 
         The stream is, in this order:
           1. one `started`;
           2. any number of `delta`s, each sent as soon as the model produced it;
           3. one `completed`, sent only after the store has acknowledged the turn.
-        Or it ends early with an error status; then nothing of the turn is in the history, except
-        after OUTCOME_UNKNOWN, where it may be: repeat the call with the same `turn_id` to learn it.
+        Or it ends early with an error status.
+
+        A turn does not end with its stream, nor with the caller's deadline (but see `on_disconnect`).
+        Whoever asks again with the same `turn_id` gets the same turn, from `resume_after` on; the model
+        is not asked again while it runs or once it has completed. If the server that runs a turn dies,
+        another one runs it anew, three times in all: a further `started` with a higher `attempt` says
+        so, and what was said before it is void. If the model fails, nothing of the turn is in the
+        history, and the same call runs it again.
+
+        If the store does not take a turn at its end, the stream ends with UNAVAILABLE. The server
+        keeps the answer and stores it as soon as it can; the same call then delivers it.
+        """
+
+    @_abc_1.abstractmethod
+    def StopChat(
+        self,
+        request: _chat_memory_pb2.StopChatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_memory_pb2.StopChatResponse, _abc.Awaitable[_chat_memory_pb2.StopChatResponse]]:
+        """Ends a running turn, wherever it runs, within about a second. The question and what there is of
+        the answer are stored, the answer with `interrupted` set and without tool calls; those who
+        follow the turn get `completed`. Where there is no text of an answer yet, or with `discard`,
+        nothing is stored and they get ABORTED, TURN_STOPPED.
+
+        A turn that has ended already stays as it is: safe to repeat.
         """
 
 def add_ChatMemoryServicer_to_server(servicer: ChatMemoryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,550 @@
+//! One attempt at a turn, by the server that has its lease: asks the model, writes what it says to
+//! the log, and ends the turn in the store. [`super`] draws the states.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::StreamExt as _;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+
+use super::{
+    Ask, Held, Run, Shared,
+    events::{self, Completed, Delta, Event, Started},
+    lock,
+    log::End,
+    look, outcome, read_message, to_ms,
+};
+use crate::{
+    error::{Error, Recorded},
+    langchain,
+    message::{
+        ANSWER_BYTES_MAX, Draft, Json, Message, PAGE_BYTES_MAX, Role, now_ms, stored_messages,
+    },
+    model::{self, FinishReason, Piece, Prompt},
+    store::{
+        self, Body, Element, Order, Read,
+        turns::{EndTurn, FollowTurn, KeepTurn, Stop, TurnState},
+    },
+    window,
+};
+
+/// Bytes of stored history that one turn reads, at most. Models take far less.
+const HISTORY_BYTES_MAX: usize = 16 << 20;
+/// How often what was said is written to the store's log, at most.
+const WRITE_EVERY: Duration = Duration::from_millis(250);
+/// How often the store is asked whether the turn is to stop, at least.
+const KEEP_EVERY: Duration = Duration::from_millis(500);
+/// How long a turn that is to stop without followers waits for one to come back.
+const STOP_GRACE: Duration = Duration::from_secs(1);
+/// How long a follower at another server counts after it was last noted.
+const FOLLOWED_MS: i64 = 3_000;
+/// The first pause before a turn is stored once more; it doubles up to [`STORE_PAUSE_MAX`].
+const STORE_PAUSE_MIN: Duration = Duration::from_millis(100);
+const STORE_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// How long an answer is kept for a store that does not take it.
+const KEEP_LIMIT: Duration = Duration::from_secs(60 * 60);
+/// Bytes of a log at most. Text takes little more here than in the answer.
+const LOG_BYTES_MAX: usize = 8 << 20;
+/// How long a turn that is given up may take to say so.
+const RELEASE_LIMIT: Duration = Duration::from_millis(500);
+
+pub(super) struct Runner {
+    shared: Arc<Shared>,
+    held: Arc<Held>,
+    run: Run,
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        // A turn that panicked must not leave its followers waiting.
+        self.held.log.end(End::Moved);
+        let key = (self.held.session.clone(), self.held.turn);
+        let mut held = lock(&self.shared.held);
+        // A later attempt may have the place.
+        if held
+            .get(&key)
+            .is_some_and(|known| Arc::ptr_eq(known, &self.held))
+        {
+            held.remove(&key);
+        }
+    }
+}
+
+/// An answer, as far as it has come.
+#[derive(Default)]
+struct Answer {
+    text: String,
+    reasoning: String,
+    tool_call_bytes: usize,
+}
+
+impl Answer {
+    fn size(&self) -> usize {
+        self.text.len() + self.reasoning.len() + self.tool_call_bytes
+    }
+
+    fn add(&mut self, delta: &Delta) {
+        self.text.push_str(&delta.text);
+        self.reasoning.push_str(&delta.reasoning);
+        for call in &delta.tool_calls {
+            self.tool_call_bytes += call.arguments.len();
+        }
+    }
+}
+
+/// How the model's part of a turn ended.
+enum Ending {
+    Complete(model::End),
+    Stopped(Stop),
+    Failed(Error),
+    /// The turn is not this server's any more.
+    Lost,
+    /// This server stops.
+    GivenUp,
+}
+
+impl Runner {
+    pub(super) fn new(shared: Arc<Shared>, held: Arc<Held>, run: Run) -> Self {
+        Self { shared, held, run }
+    }
+
+    pub(super) async fn run(self) {
+        let ask = match (self.shared.parse)(&self.run.leased.request) {
+            Ok(ask) => ask,
+            Err(error) => return self.fail(error).await,
+        };
+        let mut answer = Answer::default();
+        let ending = match self.run.leased.stop {
+            // Its last holder did not come to stop it.
+            Some(stop) => match self.read_answer(&mut answer).await {
+                Ok(()) => Ending::Stopped(stop),
+                Err(_) => Ending::GivenUp,
+            },
+            None => {
+                let limit = self.shared.settings.turn_limit;
+                let abort = self.shared.abort.clone();
+                tokio::select! {
+                    biased;
+                    () = abort.cancelled() => Ending::GivenUp,
+                    ending = self.keep() => ending,
+                    asked = timeout(limit, self.ask(&ask, &mut answer)) => match asked {
+                        Ok(Ok(end)) => Ending::Complete(end),
+                        Ok(Err(error)) => Ending::Failed(error),
+                        Err(_) => Ending::Failed(Error::TurnTooLong { limit }),
+                    },
+                }
+            }
+        };
+        match ending {
+            Ending::Complete(end) => self.store(ask, answer, Some(end)).await,
+            Ending::Stopped(Stop::Keep) if !answer.text.is_empty() => {
+                self.store(ask, answer, None).await;
+            }
+            Ending::Stopped(_) => self.fail(Error::TurnStopped).await,
+            Ending::Failed(error) => self.fail(error).await,
+            Ending::Lost => {}
+            Ending::GivenUp => self.give_up().await,
+        }
+    }
+
+    /// Keeps the lease and writes the log, until the turn is to end.
+    async fn keep(&self) -> Ending {
+        let mut ticks = interval(WRITE_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut kept_at = Instant::now();
+        let mut alone_since: Option<Instant> = None;
+        let mut is_followed_elsewhere = false;
+        loop {
+            let is_poked = tokio::select! {
+                biased;
+                () = self.held.poke.notified() => true,
+                _ = ticks.tick() => false,
+            };
+            if self.run.stop_on_disconnect {
+                let is_followed = *self.held.followers.borrow() > 0 || is_followed_elsewhere;
+                match alone_since {
+                    _ if is_followed => alone_since = None,
+                    None => alone_since = Some(Instant::now()),
+                    Some(since) if since.elapsed() >= STOP_GRACE => {
+                        return Ending::Stopped(Stop::Keep);
+                    }
+                    Some(_) => {}
+                }
+            }
+            let is_due = self.held.log.is_behind() || kept_at.elapsed() >= KEEP_EVERY;
+            if !is_poked && !is_due {
+                continue;
+            }
+            let (chunk, last_event) = self.held.log.chunk();
+            let keep = KeepTurn {
+                turn: self.run.turn,
+                lease: self.run.lease,
+                chunk,
+                last_event,
+            };
+            match self.shared.store.keep_turn(&self.run.session, keep).await {
+                Ok(kept) => {
+                    self.held.log.written(self.run.lease.reserve);
+                    kept_at = Instant::now();
+                    is_followed_elsewhere = kept
+                        .followed_ms_ago
+                        .is_some_and(|ago_ms| ago_ms < FOLLOWED_MS);
+                    if let Some(stop) = kept.stop {
+                        return Ending::Stopped(stop);
+                    }
+                }
+                Err(store::Error::LeaseLost | store::Error::Cleared) => {
+                    tracing::info!("a turn that ran here was taken or cleared");
+                    return Ending::Lost;
+                }
+                // The turn goes on: the store may be back before it ends.
+                Err(error) => tracing::debug!(%error, "the log of a turn cannot be written"),
+            }
+        }
+    }
+
+    /// Gives history and new messages to the model, and passes on what it says.
+    async fn ask(&self, ask: &Ask, answer: &mut Answer) -> Result<model::End, Error> {
+        let newest = self.history(ask).await?;
+        check_results(&newest, &ask.drafts)?;
+        let history = window::choose(newest);
+        self.held.log.push(Event::Started(Started {
+            turn_id: self.held.name.clone(),
+            model: self.model(&ask.prompt).to_owned(),
+            history_messages: history.len(),
+            attempt: self.run.leased.attempt,
+        }));
+        let mut prompt = ask.prompt.clone();
+        prompt.messages = history;
+        prompt.messages.extend(ask.drafts.iter().cloned());
+
+        let mut log_bytes = 0;
+        let mut pieces = self.shared.model.answer(prompt).await?;
+        while let Some(piece) = pieces.next().await {
+            let mut delta = Delta::default();
+            match piece? {
+                Piece::Text(text) => delta.text = text,
+                Piece::Reasoning(reasoning) => delta.reasoning = reasoning,
+                Piece::ToolCall(call) => {
+                    log_bytes += CALL_BYTES;
+                    delta.tool_calls.push(call);
+                }
+                Piece::End(end) => return Ok(end),
+            }
+            let before = answer.size();
+            answer.add(&delta);
+            log_bytes += answer.size() - before + PIECE_BYTES;
+            if answer.size() > ANSWER_BYTES_MAX || log_bytes > LOG_BYTES_MAX {
+                let limit = ANSWER_BYTES_MAX;
+                return Err(Error::AnswerTooLarge { limit });
+            }
+            self.held.log.push(Event::Delta(delta));
+        }
+        let missing = "it ended without saying that it is complete";
+        Err(model::Error::Broken(missing.to_owned()).into())
+    }
+
+    fn model<'a>(&'a self, prompt: &'a Prompt) -> &'a str {
+        let default_model = self.shared.model.default_model();
+        prompt.model.as_deref().unwrap_or(default_model)
+    }
+
+    /// The newest messages of the session that can be read, oldest first.
+    async fn history(&self, ask: &Ask) -> Result<Vec<Message>, Error> {
+        let default = self.shared.settings.history_messages;
+        let wanted = ask.history_messages.unwrap_or(default);
+        let mut newest: Vec<Element> = Vec::new();
+        let mut bytes_left = HISTORY_BYTES_MAX;
+        let mut before = None;
+        loop {
+            let read = Read {
+                order: Order::NewestFirst,
+                after: 0,
+                before,
+                last: None,
+                limit: (wanted - newest.len()).max(1),
+                bytes_max: PAGE_BYTES_MAX,
+            };
+            let page = self.shared.store.read(&self.run.session, read).await?;
+            for element in page.elements {
+                if let Body::Bytes(bytes) = &element.body {
+                    let left = bytes_left.checked_sub(bytes.len());
+                    let limit = HISTORY_BYTES_MAX;
+                    bytes_left = left.ok_or(Error::HistoryTooLarge { limit })?;
+                }
+                before = Some(element.sequence);
+                newest.push(element);
+            }
+            if !page.more || newest.len() >= wanted {
+                break;
+            }
+        }
+        newest.truncate(wanted);
+        newest.reverse();
+        Ok(newest.iter().filter_map(read_message).collect())
+    }
+
+    /// Reads from the log what the last attempt said.
+    async fn read_answer(&self, answer: &mut Answer) -> Result<(), Error> {
+        let mut follow = FollowTurn {
+            from_chunk: 0,
+            bytes_max: LOG_BYTES_MAX,
+            ..look(self.run.turn)
+        };
+        loop {
+            let store = &self.shared.store;
+            let found = store.follow_turn(&self.run.session, follow).await?;
+            let found = found.ok_or(store::Error::Cleared)?;
+            for chunk in &found.chunks {
+                for (_, event) in events::read_chunk(chunk)? {
+                    match event {
+                        Event::Started(_) => *answer = Answer::default(),
+                        Event::Delta(delta) => answer.add(&delta),
+                        Event::Completed(_) => {}
+                    }
+                }
+            }
+            if !found.more {
+                return Ok(());
+            }
+            follow.from_chunk = found.next_chunk;
+        }
+    }
+
+    /// Stores question and answer in one step. Without an end, the answer was stopped.
+    async fn store(&self, ask: Ask, answer: Answer, end: Option<model::End>) {
+        let mut draft = Draft::text(Role::Assistant, answer.text);
+        draft.reasoning = Some(answer.reasoning).filter(|reasoning| !reasoning.is_empty());
+        let interrupted = end.is_none();
+        let mut finish_reason = FinishReason::Unspecified;
+        let mut usage = None;
+        if let Some(end) = end {
+            draft.tool_calls = end.tool_calls;
+            draft.usage = end.usage;
+            finish_reason = end.finish_reason;
+            usage = end.usage;
+        }
+        draft.langchain = response_metadata(self.model(&ask.prompt), finish_reason);
+
+        let mut drafts = ask.drafts;
+        drafts.push(draft);
+        let time_ms = now_ms();
+        let id_seed = format!("turn {}", self.held.name);
+        let mut messages = stored_messages(&self.run.session, &id_seed, drafts, time_ms);
+        for message in &mut messages {
+            message.turn_id = Some(self.held.name.clone());
+        }
+        if let Some(answer) = messages.last_mut() {
+            answer.interrupted = interrupted;
+        }
+
+        let elements = messages.iter().map(langchain::encode).collect();
+        let state = self.end(elements, time_ms, |event_number| {
+            outcome::write(&events::Outcome {
+                event_number,
+                finish_reason,
+                usage,
+            })
+        });
+        let Some((number, TurnState::Completed { appended, .. })) = state.await else {
+            return;
+        };
+        let completed = Completed {
+            messages: (appended.first_sequence..).zip(messages).collect(),
+            usage,
+            finish_reason,
+        };
+        let completed = Box::new(completed);
+        self.release();
+        self.held.log.end(End::Completed { number, completed });
+    }
+
+    /// Ends the turn without storing anything in the history.
+    async fn fail(&self, error: Error) {
+        // By its reason only: a provider's own words may quote the conversation.
+        tracing::info!(reason = &*error.reason(), "a turn failed");
+        let recorded = outcome::write(&Recorded::of(&error));
+        if self.end(Vec::new(), now_ms(), |_| recorded).await.is_some() {
+            self.release();
+        }
+        self.held.log.end(End::Failed(error));
+    }
+
+    /// Makes room for the next turn on the session: who has the last event may begin it at once.
+    fn release(&self) {
+        let key = (self.held.session.clone(), self.held.turn);
+        lock(&self.shared.held).remove(&key);
+        lock(&self.run.permit).take();
+    }
+
+    /// Ends the turn in the store, however long that is away. Returns the number of the last event,
+    /// and how the turn ended; `None` if it is not this server's any more.
+    async fn end(
+        &self,
+        elements: Vec<bytes::Bytes>,
+        time_ms: i64,
+        outcome: impl FnOnce(i64) -> bytes::Bytes,
+    ) -> Option<(i64, TurnState)> {
+        let since = Instant::now();
+        let mut outcome = Some(outcome);
+        let mut pause = STORE_PAUSE_MIN;
+        let mut end: Option<(i64, EndTurn)> = None;
+        loop {
+            let tried = match &end {
+                Some((number, end)) => {
+                    let ended = self
+                        .shared
+                        .store
+                        .end_turn(&self.run.session, end.clone())
+                        .await;
+                    ended.map(|state| Some((*number, state)))
+                }
+                // What was under way when the answer ended comes first.
+                None => self.write_log().await.map(|()| None),
+            };
+            match tried {
+                Ok(Some(ended)) => return Some(ended),
+                Ok(None) => {
+                    let (chunk, _) = self.held.log.chunk();
+                    let number = self.held.log.last_number();
+                    end = outcome.take().map(|outcome| {
+                        let end = EndTurn {
+                            turn: self.run.turn,
+                            token: self.run.lease.token,
+                            retention_ms: to_ms(self.shared.settings.retention),
+                            chunk,
+                            elements: elements.clone(),
+                            time_ms,
+                            outcome: outcome(number),
+                        };
+                        (number, end)
+                    });
+                    continue;
+                }
+                Err(error) if is_final(&error) || since.elapsed() >= KEEP_LIMIT => {
+                    tracing::info!(%error, "a turn that ran here cannot be ended");
+                    self.held.log.end(match error {
+                        store::Error::LeaseLost => End::Moved,
+                        error => End::Failed(error.into()),
+                    });
+                    return None;
+                }
+                Err(error) => {
+                    if !self.held.log.has_ended() {
+                        tracing::warn!(%error, "the store does not take a turn; it is kept here");
+                    }
+                    // Whoever follows learns it; who asks again waits until it is stored.
+                    self.held.log.end(End::Failed(error.into()));
+                }
+            }
+            tokio::select! {
+                () = self.shared.abort.cancelled() => return None,
+                () = self.held.poke.notified() => {}
+                () = sleep(pause) => {}
+            }
+            pause = (pause * 2).min(STORE_PAUSE_MAX);
+        }
+    }
+
+    /// Writes what of the log must be written before the turn can end.
+    async fn write_log(&self) -> store::Result<()> {
+        while self.held.log.is_under_way() || self.held.log.is_holding() {
+            let (chunk, last_event) = self.held.log.chunk();
+            let keep = KeepTurn {
+                turn: self.run.turn,
+                lease: self.run.lease,
+                chunk,
+                last_event,
+            };
+            self.shared.store.keep_turn(&self.run.session, keep).await?;
+            self.held.log.written(self.run.lease.reserve);
+        }
+        Ok(())
+    }
+
+    /// Leaves the turn to other servers, at once.
+    async fn give_up(&self) {
+        let (chunk, last_event) = self.held.log.chunk();
+        let mut lease = self.run.lease;
+        lease.lease_ms = 0;
+        let keep = KeepTurn {
+            turn: self.run.turn,
+            lease,
+            chunk,
+            last_event,
+        };
+        let released = self.shared.store.keep_turn(&self.run.session, keep);
+        if !matches!(timeout(RELEASE_LIMIT, released).await, Ok(Ok(_))) {
+            tracing::debug!("a turn could not be given up; its lease runs out");
+        }
+        self.held.log.end(End::Failed(Error::ShuttingDown));
+    }
+}
+
+/// Bytes that a piece takes in the log besides what it says, about.
+const PIECE_BYTES: usize = 3;
+/// And a piece of a tool call.
+const CALL_BYTES: usize = 48;
+
+/// Whether trying again is of no use.
+fn is_final(error: &store::Error) -> bool {
+    match error {
+        store::Error::Unavailable(_) | store::Error::OutcomeUnknown(_) | store::Error::Full(_) => {
+            false
+        }
+        store::Error::SequenceMismatch { .. }
+        | store::Error::Cleared
+        | store::Error::LeaseLost
+        | store::Error::RequestReused
+        | store::Error::WrongKeyType { .. }
+        | store::Error::Corrupt(_) => true,
+    }
+}
+
+/// Refuses a tool result whose call does not wait for it: the call is the last answer's, and has no
+/// result yet.
+fn check_results(history: &[Message], new: &[Draft]) -> Result<(), Error> {
+    let mut answered: Vec<&str> = Vec::new();
+    let mut calls: Vec<&str> = Vec::new();
+    for message in history.iter().rev() {
+        match message.draft.role {
+            Role::Tool => answered.extend(message.draft.tool_call_id.as_deref()),
+            Role::Assistant => {
+                calls.extend(message.draft.tool_calls.iter().map(|call| call.id.as_str()));
+                break;
+            }
+            _ => break,
+        }
+    }
+    calls.retain(|call| !answered.contains(call));
+    for (index, draft) in new.iter().enumerate() {
+        if draft.role != Role::Tool {
+            continue;
+        }
+        let id = draft.tool_call_id.as_deref().unwrap_or_default();
+        match calls.iter().position(|call| *call == id) {
+            Some(found) => drop(calls.remove(found)),
+            None => {
+                let field = format!("messages[{index}].tool_call_id");
+                let rule = "must name a tool call of the session's last answer that has no result";
+                return Err(crate::message::Violation::new(field, rule).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What LangChain's own chat models note with an answer.
+fn response_metadata(model: &str, finish_reason: FinishReason) -> Option<Json> {
+    let finish_reason = match finish_reason {
+        FinishReason::Unspecified => None,
+        FinishReason::Stop => Some("stop"),
+        FinishReason::Length => Some("length"),
+        FinishReason::ToolCalls => Some("tool_calls"),
+        FinishReason::ContentFilter => Some("content_filter"),
+        FinishReason::Other => Some("other"),
+    };
+    let metadata = serde_json::json!({
+        "response_metadata": { "model_name": model, "finish_reason": finish_reason },
+    });
+    Json::parse("langchain", &metadata.to_string()).ok()
+}

@@ -1,0 +1,661 @@
+//! A turn outlives its connection, its server and a retry: real servers on a real Redis, with a real
+//! HTTP server in the provider's place, and faults between all of them.
+
+mod harness;
+
+use std::time::Duration;
+
+use chat_memory::pb;
+use harness::{
+    program::Program,
+    provider::{Gate, Provider, Script},
+    proxy::{Mode, Proxy},
+    redis::{self, Redis},
+    server::{
+        Client, Told, append, chat, clear, client, contents, get, message, reason, tcp_channel,
+        tell, tell_rest, user,
+    },
+    wait,
+};
+use tonic::{Code, Streaming};
+
+/// A Redis that keeps its data, and a provider.
+struct World {
+    redis: Redis,
+    provider: Provider,
+}
+
+impl World {
+    async fn start() -> Self {
+        let redis = Redis::start_with(redis::Options {
+            durable: true,
+            ..Default::default()
+        });
+        Self {
+            redis: redis.await,
+            provider: Provider::start().await,
+        }
+    }
+
+    /// A server whose turns are taken by others after a second without it.
+    fn server(&self) -> Program {
+        self.server_at(&self.redis.url())
+    }
+
+    fn server_at(&self, redis_url: &str) -> Program {
+        Program::start(&[
+            "--listen=127.0.0.1:0",
+            "--redis",
+            redis_url,
+            "--model=test-model",
+            "--model-url",
+            &self.provider.url(),
+            "--lease-seconds=1",
+            "--redis-timeout-ms=500",
+        ])
+    }
+
+    /// What the history holds, as the bytes in Redis say.
+    async fn stored(&self, session: &str) -> Vec<serde_json::Value> {
+        let key = format!("message_store:{session}");
+        let elements: Vec<String> = self.redis.command(&["LRANGE", &key, "0", "-1"]).await;
+        let newest_first = elements
+            .iter()
+            .map(|text| serde_json::from_str(text).unwrap());
+        newest_first.rev().collect()
+    }
+
+    async fn texts(&self, session: &str) -> Vec<String> {
+        let stored = self.stored(session).await;
+        let text =
+            |element: &serde_json::Value| element["data"]["content"].as_str().map(str::to_owned);
+        stored.iter().filter_map(text).collect()
+    }
+}
+
+/// A client of a server that has its store.
+async fn ready(program: &Program) -> Client {
+    let client = client(tcp_channel(&program.addresses[0]).await);
+    wait::until("the server has its store", || {
+        let mut client = client.clone();
+        async move { client.get_messages(get("probe")).await.ok().map(drop) }
+    })
+    .await;
+    client
+}
+
+fn turn(session: &str, turn_id: &str, content: &str) -> pb::ChatRequest {
+    pb::ChatRequest {
+        turn_id: turn_id.to_owned(),
+        ..chat(session, content)
+    }
+}
+
+fn follow(session: &str, turn_id: &str, resume_after: i64) -> pb::ChatRequest {
+    pb::ChatRequest {
+        session_id: session.to_owned(),
+        turn_id: turn_id.to_owned(),
+        resume_after,
+        ..Default::default()
+    }
+}
+
+fn stop(session: &str, turn_id: &str) -> pb::StopChatRequest {
+    pb::StopChatRequest {
+        session_id: session.to_owned(),
+        turn_id: turn_id.to_owned(),
+        ..Default::default()
+    }
+}
+
+/// Takes events until so many deltas have come.
+async fn take_deltas(stream: &mut Streaming<pb::ChatResponse>, count: usize) -> Told {
+    let mut told = Told::default();
+    while told.deltas.len() < count {
+        let response = stream.message().await.expect("an event").expect("an event");
+        told.take(response);
+    }
+    told
+}
+
+#[tokio::test]
+async fn a_turn_is_followed_from_any_event_at_any_server_while_it_runs_and_afterwards() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    let script = Script::begin()
+        .say("one ")
+        .say("two ")
+        .wait(&gate)
+        .say("three ");
+    world
+        .provider
+        .answer(script.say("four").finish("stop").usage(3, 4).done());
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    let begun = take_deltas(&mut stream, 2).await;
+    assert_eq!(begun.numbers, [1, 2, 3]);
+    drop(stream);
+    let mut followers = Vec::new();
+    for client in [&mut here, &mut there] {
+        for after in 0..=3 {
+            let stream = client.chat(follow("s", "t", after)).await.unwrap();
+            followers.push((
+                after,
+                tokio::spawn(tell_rest(stream.into_inner(), Told::default())),
+            ));
+        }
+    }
+    // The same request follows it too.
+    let mut repeated = turn("s", "t", "hi");
+    repeated.resume_after = 2;
+    let stream = there.chat(repeated.clone()).await.unwrap().into_inner();
+    followers.push((2, tokio::spawn(tell_rest(stream, Told::default()))));
+    gate.open();
+
+    let pieces = ["one ", "two ", "three ", "four"];
+    let check = |after: i64, told: Told| {
+        assert_eq!(told.reason(), "", "{after}");
+        assert_eq!(told.numbers, (after + 1..=6).collect::<Vec<_>>());
+        let from = usize::try_from(after).unwrap().saturating_sub(1);
+        assert_eq!(told.text(), pieces[from.min(4)..].concat());
+        let completed = told.completed.expect("completed");
+        assert_eq!(completed.finish_reason(), pb::FinishReason::Stop);
+        assert_eq!(completed.usage.unwrap().output_tokens, 4);
+        completed.messages
+    };
+    let mut messages = Vec::new();
+    for (after, follower) in followers {
+        messages.push(check(after, follower.await.unwrap()));
+    }
+    for client in [&mut here, &mut there] {
+        for after in 0..=5 {
+            messages.push(check(after, tell(client, follow("s", "t", after)).await));
+        }
+        let nothing = tell(client, follow("s", "t", 6)).await;
+        assert!(nothing.numbers.is_empty() && nothing.error.is_none());
+    }
+    let stored = here
+        .get_messages(get("s"))
+        .await
+        .unwrap()
+        .into_inner()
+        .messages;
+    assert!(messages.iter().all(|messages| *messages == stored));
+    assert_eq!(world.provider.request_count(), 1);
+    assert_eq!(world.texts("s").await, ["hi", "one two three four"]);
+
+    repeated.messages = vec![user("something else")];
+    let other = tell(&mut there, repeated).await;
+    assert_eq!(other.reason(), "REQUEST_ID_REUSED");
+}
+
+#[tokio::test]
+async fn a_turn_that_nobody_began_is_not_found() {
+    let world = World::start().await;
+    let server = world.server();
+    let mut client = ready(&server).await;
+    let status = client.chat(follow("s", "t", 0)).await.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::NotFound, "TURN_NOT_FOUND")
+    );
+    let status = client.stop_chat(stop("s", "")).await.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::NotFound, "TURN_NOT_FOUND")
+    );
+}
+
+#[tokio::test]
+async fn the_same_turn_asked_of_two_servers_at_once_asks_the_model_once() {
+    let world = World::start().await;
+    world.provider.always(Script::text(["fine"]));
+    let servers = [world.server(), world.server()];
+    let mut clients = Vec::new();
+    for server in &servers {
+        clients.push(ready(server).await);
+    }
+    for round in 1..=10 {
+        let id = format!("t{round}");
+        let calls = (0..8).map(|number| {
+            let mut client = clients[number % 2].clone();
+            let request = turn("s", &id, "hi");
+            tokio::spawn(async move { tell(&mut client, request).await })
+        });
+        for call in futures_util::future::join_all(calls).await {
+            let told = call.unwrap();
+            assert_eq!((told.text().as_str(), told.reason().as_str()), ("fine", ""));
+            assert_eq!(told.numbers, [1, 2, 3]);
+        }
+        assert_eq!(world.provider.request_count(), round);
+        assert_eq!(world.stored("s").await.len(), 2 * round);
+    }
+}
+
+#[tokio::test]
+async fn a_turn_of_a_killed_server_is_run_anew_for_who_follows_it_elsewhere() {
+    let world = World::start().await;
+    world
+        .provider
+        .answer(Script::begin().say("lost ").say("words").hang());
+    world.provider.answer(Script::text(["found"]));
+    let (first, second) = (world.server(), world.server());
+    let mut here = ready(&first).await;
+    let mut there = ready(&second).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    let begun = take_deltas(&mut stream, 2).await;
+    let last_seen = *begun.numbers.last().unwrap();
+    let follower = there.chat(follow("s", "t", 0)).await.unwrap().into_inner();
+
+    first.crash();
+    let told = tell_rest(follower, Told::default()).await;
+    assert_eq!(told.reason(), "");
+    let started = told.started.as_ref().expect("a second start");
+    assert_eq!(started.attempt, 2);
+    assert!(
+        told.numbers.is_sorted_by(|a, b| a < b),
+        "{:?}",
+        told.numbers
+    );
+    assert!(told.text().ends_with("found"));
+    assert_eq!(world.texts("s").await, ["hi", "found"]);
+    assert_eq!(world.provider.request_count(), 2);
+
+    // Whoever was at the dead server goes on where it was, with the new attempt.
+    let told = tell(&mut there, follow("s", "t", last_seen)).await;
+    assert_eq!(told.started.as_ref().unwrap().attempt, 2);
+    assert!(told.numbers[0] > last_seen);
+    assert_eq!(told.text(), "found");
+}
+
+#[tokio::test]
+async fn a_turn_of_a_killed_server_gets_its_answer_although_nobody_asks() {
+    let world = World::start().await;
+    world.provider.answer(Script::begin().say("lost").hang());
+    world.provider.answer(Script::text(["found"]));
+    let (first, second) = (world.server(), world.server());
+    let mut here = ready(&first).await;
+    ready(&second).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    first.crash();
+    wait::until("the turn is adopted", || async {
+        (world.texts("s").await == ["hi", "found"]).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_server_that_was_paused_cannot_write_a_turn_that_was_taken_from_it() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world.provider.answer(
+        Script::begin()
+            .say("slow")
+            .wait(&gate)
+            .finish("stop")
+            .done(),
+    );
+    world.provider.answer(Script::text(["quick"]));
+    let (first, second) = (world.server(), world.server());
+    let mut here = ready(&first).await;
+    let mut there = ready(&second).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    first.signal("STOP");
+    let told = tell(&mut there, turn("s", "t", "hi")).await;
+    assert!(told.completed.is_some(), "{told:?}");
+    gate.open();
+    first.signal("CONT");
+    // Its own follower learns what was stored.
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.reason(), "");
+    assert_eq!(told.started.as_ref().unwrap().attempt, 2);
+    assert_eq!(told.completed.unwrap().messages[1].content, "quick");
+    assert_eq!(world.texts("s").await, ["hi", "quick"]);
+}
+
+#[tokio::test]
+async fn an_answer_is_kept_for_a_store_that_is_away_and_not_asked_for_again() {
+    let mut world = World::start().await;
+    let gate = Gate::new();
+    world.provider.answer(
+        Script::begin()
+            .say("kept")
+            .wait(&gate)
+            .finish("stop")
+            .done(),
+    );
+    let server = world.server();
+    let mut client = ready(&server).await;
+    let mut stream = client
+        .chat(turn("s", "t", "hi"))
+        .await
+        .unwrap()
+        .into_inner();
+    take_deltas(&mut stream, 1).await;
+    world.redis.stop().await;
+    gate.open();
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.error.as_ref().unwrap().code(), Code::Unavailable);
+    assert!(told.completed.is_none());
+    world.redis.restart().await;
+    let told = wait::until("the turn is delivered", || {
+        let mut client = client.clone();
+        async move {
+            let told = tell(&mut client, turn("s", "t", "hi")).await;
+            told.completed.is_some().then_some(told)
+        }
+    })
+    .await;
+    assert_eq!(told.text(), "kept");
+    assert_eq!(world.texts("s").await, ["hi", "kept"]);
+    assert_eq!(world.provider.request_count(), 1);
+}
+
+#[tokio::test]
+async fn a_turn_goes_on_while_its_store_is_away_in_the_middle() {
+    let world = World::start().await;
+    let proxy = Proxy::start(world.redis.address()).await;
+    let gates = [Gate::new(), Gate::new()];
+    let script = Script::begin()
+        .say("a")
+        .wait(&gates[0])
+        .say("b")
+        .wait(&gates[1])
+        .say("c");
+    world.provider.answer(script.finish("stop").done());
+    let server = world.server_at(&proxy.redis_url());
+    let mut client = ready(&server).await;
+    let mut stream = client
+        .chat(turn("s", "t", "hi"))
+        .await
+        .unwrap()
+        .into_inner();
+    take_deltas(&mut stream, 1).await;
+    proxy.set(Mode::Refuse);
+    proxy.cut();
+    gates[0].open();
+    take_deltas(&mut stream, 1).await;
+    proxy.set(Mode::Forward);
+    ready(&server).await;
+    gates[1].open();
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!((told.text().as_str(), told.reason().as_str()), ("c", ""));
+    assert_eq!(world.texts("s").await, ["hi", "abc"]);
+    let again = tell(&mut client, follow("s", "t", 0)).await;
+    assert_eq!((again.text().as_str(), again.numbers.len()), ("abc", 5));
+}
+
+#[tokio::test]
+async fn a_turn_is_stopped_from_another_server_and_keeps_what_there_is() {
+    let world = World::start().await;
+    world
+        .provider
+        .always(Script::begin().say("so far").call(0, "c", "add").hang());
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 2).await;
+    let stopped = there.stop_chat(stop("s", "")).await.unwrap().into_inner();
+    assert_eq!(stopped.turn_id, "t");
+    let answer = &stopped.messages[1];
+    assert!(answer.interrupted && answer.tool_calls.is_empty());
+    assert_eq!(answer.content, "so far");
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.completed.unwrap().messages, stopped.messages);
+    // Again, it changes nothing.
+    let again = there.stop_chat(stop("s", "t")).await.unwrap().into_inner();
+    assert_eq!(again.messages, stopped.messages);
+
+    let mut stream = here.chat(turn("s", "u", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 2).await;
+    let mut discard = stop("s", "u");
+    discard.discard = true;
+    let stopped = there.stop_chat(discard).await.unwrap().into_inner();
+    assert!(stopped.messages.is_empty());
+    assert_eq!(
+        tell_rest(stream, Told::default()).await.reason(),
+        "TURN_STOPPED"
+    );
+    assert_eq!(world.texts("s").await, ["hi", "so far"]);
+}
+
+#[tokio::test]
+async fn a_turn_of_a_paused_server_is_stopped_without_it() {
+    let world = World::start().await;
+    world.provider.answer(Script::begin().say("so far").hang());
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    // What was said is in the log once another server has it.
+    let mut follower = there.chat(follow("s", "t", 0)).await.unwrap().into_inner();
+    take_deltas(&mut follower, 1).await;
+    servers[0].signal("STOP");
+    let stopped = there.stop_chat(stop("s", "t")).await.unwrap().into_inner();
+    assert_eq!(stopped.messages[1].content, "so far");
+    servers[0].signal("CONT");
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.completed.unwrap().messages, stopped.messages);
+    assert_eq!(world.texts("s").await, ["hi", "so far"]);
+}
+
+#[tokio::test]
+async fn turns_on_one_session_wait_in_line_across_servers_or_take_over() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world.provider.answer(
+        Script::begin()
+            .say("first")
+            .wait(&gate)
+            .finish("stop")
+            .done(),
+    );
+    world.provider.answer(Script::text(["second"]));
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let mut stream = here.chat(turn("s", "t1", "1")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    let status = there.chat(turn("s", "t2", "2")).await.unwrap_err();
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::Aborted, "TURN_IN_PROGRESS")
+    );
+    let mut waiting = turn("s", "t2", "2");
+    waiting.on_conflict = pb::OnConflict::Queue.into();
+    let mut impatient = tonic::Request::new(turn("s", "t3", "3"));
+    impatient.get_mut().on_conflict = pb::OnConflict::Queue.into();
+    impatient.set_timeout(Duration::from_millis(300));
+    let waiter = tokio::spawn({
+        let mut there = there.clone();
+        async move { tell(&mut there, waiting).await }
+    });
+    let status = here.chat(impatient).await.unwrap_err();
+    assert!(matches!(
+        status.code(),
+        Code::DeadlineExceeded | Code::Cancelled
+    ));
+    gate.open();
+    let told = waiter.await.unwrap();
+    assert_eq!(
+        (told.text().as_str(), told.reason().as_str()),
+        ("second", "")
+    );
+    assert_eq!(world.texts("s").await, ["1", "first", "2", "second"]);
+
+    world.provider.answer(Script::begin().say("third").hang());
+    world.provider.answer(Script::text(["fourth"]));
+    let mut stream = here.chat(turn("s", "t4", "3")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    let mut superseding = turn("s", "t5", "4");
+    superseding.on_conflict = pb::OnConflict::Supersede.into();
+    let told = tell(&mut there, superseding).await;
+    assert_eq!(
+        (told.text().as_str(), told.reason().as_str()),
+        ("fourth", "")
+    );
+    let stored = world.texts("s").await;
+    assert_eq!(stored[4..], ["3", "third", "4", "fourth"]);
+}
+
+#[tokio::test]
+async fn a_failed_turn_says_why_to_all_and_runs_again_under_its_id() {
+    let world = World::start().await;
+    world
+        .provider
+        .answer(Script::begin().say("half").fail("the GPU is on fire"));
+    world.provider.answer(Script::text(["whole"]));
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let told = tell(&mut here, turn("s", "t", "hi")).await;
+    assert_eq!(
+        (told.text().as_str(), told.reason().as_str()),
+        ("half", "MODEL_STREAM_BROKEN")
+    );
+    assert!(world.stored("s").await.is_empty());
+    let followed = tell(&mut there, follow("s", "t", 0)).await;
+    assert_eq!(
+        (followed.text(), followed.numbers.clone()),
+        (told.text(), told.numbers)
+    );
+    let (error, first) = (followed.error.unwrap(), told.error.unwrap());
+    assert_eq!(
+        (error.code(), error.message()),
+        (first.code(), first.message())
+    );
+    assert_eq!(reason(&error), "MODEL_STREAM_BROKEN");
+    let again = tell(&mut there, turn("s", "t", "hi")).await;
+    assert_eq!(
+        (again.text().as_str(), again.reason().as_str()),
+        ("whole", "")
+    );
+    assert_eq!(again.started.as_ref().unwrap().attempt, 2);
+    assert!(again.numbers[0] > *followed.numbers.last().unwrap());
+    assert_eq!(world.texts("s").await, ["hi", "whole"]);
+}
+
+#[tokio::test]
+async fn a_clear_at_another_server_ends_a_turn_and_leaves_nothing_of_it() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world
+        .provider
+        .answer(Script::begin().say("a").wait(&gate).finish("stop").done());
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    there.clear(clear("s")).await.unwrap();
+    gate.open();
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.reason(), "SESSION_CLEARED");
+    assert!(world.stored("s").await.is_empty());
+    let status = there.chat(follow("s", "t", 0)).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn a_tool_result_needs_its_call() {
+    let world = World::start().await;
+    world.provider.answer(
+        Script::begin()
+            .call(0, "c1", "add")
+            .finish("tool_calls")
+            .done(),
+    );
+    world.provider.answer(Script::text(["done"]));
+    let server = world.server();
+    let mut client = ready(&server).await;
+    let result = |id: &str| {
+        let mut result = message(pb::Role::Tool, "2");
+        result.tool_call_id = id.to_owned();
+        let mut request = chat("s", "");
+        request.messages = vec![result];
+        request
+    };
+    let told = tell(&mut client, result("c1")).await;
+    assert_eq!(told.reason(), "INVALID_FIELD");
+    let error = told.error.unwrap();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert_eq!(
+        harness::server::fields(&error),
+        ["messages[0].tool_call_id"]
+    );
+    assert_eq!(world.provider.request_count(), 0);
+    tell(&mut client, chat("s", "1+1")).await;
+    let told = tell(&mut client, result("c2")).await;
+    assert_eq!(told.reason(), "INVALID_FIELD");
+    let told = tell(&mut client, result("c1")).await;
+    assert_eq!((told.text().as_str(), told.reason().as_str()), ("done", ""));
+    let told = tell(&mut client, result("c1")).await;
+    assert_eq!(told.reason(), "INVALID_FIELD");
+    assert_eq!(world.stored("s").await.len(), 4);
+}
+
+#[tokio::test]
+async fn appends_of_others_during_a_turn_stand_before_it() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world
+        .provider
+        .answer(Script::begin().say("a").wait(&gate).finish("stop").done());
+    let server = world.server();
+    let mut client = ready(&server).await;
+    let mut stream = client
+        .chat(turn("s", "t", "hi"))
+        .await
+        .unwrap()
+        .into_inner();
+    take_deltas(&mut stream, 1).await;
+    client
+        .append(append("s", vec![user("meanwhile")]))
+        .await
+        .unwrap();
+    gate.open();
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.completed.unwrap().messages[0].sequence, 2);
+    assert_eq!(contents(&mut client, "s").await, ["meanwhile", "hi", "a"]);
+}
+
+#[tokio::test]
+async fn a_turn_is_adopted_by_the_next_server_on_the_embedded_file() {
+    let provider = Provider::start().await;
+    provider.answer(Script::begin().say("lost").hang());
+    provider.answer(Script::text(["found"]));
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("chat.db");
+    let url = provider.url();
+    let arguments = [
+        "--listen=127.0.0.1:0",
+        "--database",
+        database.to_str().unwrap(),
+        "--model=test-model",
+        "--model-url",
+        &url,
+    ];
+    let server = Program::start(&arguments);
+    let mut connected = ready(&server).await;
+    let mut stream = connected
+        .chat(turn("s", "t", "hi"))
+        .await
+        .unwrap()
+        .into_inner();
+    let begun = take_deltas(&mut stream, 1).await;
+    assert!(matches!(begun.started, Some(ref started) if started.attempt == 1));
+    server.crash();
+    let server = Program::start(&arguments);
+    let mut connected = ready(&server).await;
+    let told = tell(&mut connected, follow("s", "t", 0)).await;
+    assert_eq!(told.reason(), "");
+    assert_eq!(told.completed.unwrap().messages[1].content, "found");
+    assert_eq!(contents(&mut connected, "s").await, ["hi", "found"]);
+}
