@@ -9,11 +9,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chat_memory::store::sqlite::{OpenError, Options, Sqlite};
-use chat_memory::store::{Append, Epoch, Error, REQUEST_MEMORY_MS, Result, Store, TOMBSTONE_MS};
+use chat_memory::store::{
+    Append, Epoch, Error, REQUEST_MEMORY_MS, Result, Store, TOMBSTONE_MS, TurnStore as _, turns,
+};
 use futures_util::future::{FutureExt as _, join_all};
 use harness::stores::{
     all, batch, fill, fresh_session, read_all, request, sequences, session, texts,
 };
+use harness::turns as turn;
 use rusqlite::Connection;
 use tempfile::TempDir;
 
@@ -103,11 +106,13 @@ async fn a_refused_open_leaves_the_running_store_its_locks() {
     let store = open(&path);
     fill(&store, &fresh_session(), 1).await;
     let inode = std::fs::metadata(&path).unwrap().ino();
-    let locks = || {
+    let look = || {
         let locks = std::fs::read_to_string("/proc/locks").unwrap();
         let is_ours = |line: &&str| line.contains("POSIX") && line.contains(&format!(":{inode} "));
         locks.lines().filter(is_ours).count()
     };
+    // While others lock and unlock, a reading of that list can miss a line; it invents none.
+    let locks = || (0..20).map(|_| look()).max().unwrap_or_default();
     let before = locks();
     assert!(before > 0, "the store holds no lock");
     refusal(&path);
@@ -737,4 +742,108 @@ async fn a_full_store_says_so_and_goes_on_when_there_is_room() {
         .unwrap();
     assert_eq!(appended.first_sequence, stored + 1);
     assert_eq!(texts(&read_all(&store, &small).await), ["1", "2", "3"]);
+}
+
+// Turns.
+
+/// A turn with a chunk in its log.
+async fn run_turn(store: &Sqlite, id: &str) -> (turns::TurnId, turns::Lease) {
+    let s = session("s");
+    let lease = turn::lease();
+    let begin = turn::begin(id, lease);
+    let turn = begin.key.id;
+    turn::leased(store.begin_turn(&s, begin).await.unwrap());
+    let chunk = turns::Chunk {
+        index: 0,
+        bytes: "1\n\"a\"\n".into(),
+    };
+    let keep = turns::KeepTurn {
+        chunk: Some(chunk),
+        ..turn::keep(turn, lease)
+    };
+    store.keep_turn(&s, keep).await.unwrap();
+    (turn, lease)
+}
+
+#[tokio::test]
+async fn a_file_of_the_first_version_is_brought_to_this_one() {
+    let (_directory, path) = place();
+    let db = Connection::open(&path).unwrap();
+    db.execute_batch(include_str!("../src/store/sqlite/schema.sql"))
+        .unwrap();
+    db.execute_batch(
+        "INSERT INTO sessions (key, last_sequence) VALUES ('s', 1);
+         INSERT INTO messages VALUES (1, 1, CAST('old' AS BLOB));",
+    )
+    .unwrap();
+    db.pragma_update(None, "application_id", i32::from_be_bytes(*b"CMem"))
+        .unwrap();
+    db.pragma_update(None, "user_version", 1).unwrap();
+    drop(db);
+
+    let store = open(&path);
+    assert_eq!(texts(&read_all(&store, &session("s")).await), ["old"]);
+    let (id, lease) = run_turn(&store, "t").await;
+    let end = turn::end(id, lease.token, &["q", "a"]);
+    store.end_turn(&session("s"), end).await.unwrap();
+    let page = read_all(&store, &session("s")).await;
+    assert_eq!(texts(&page), ["old", "q", "a"]);
+    assert_eq!(numbers(&path, "PRAGMA user_version"), 2);
+}
+
+#[tokio::test]
+async fn who_opens_the_file_finds_the_turns_of_whoever_had_it() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let (id, lease) = run_turn(&store, "t").await;
+    assert_eq!(store.orphaned_turns(10).await.unwrap(), []);
+    drop(store);
+    let store = open(&path);
+    let orphans = store.orphaned_turns(10).await.unwrap();
+    assert_eq!(orphans, [(session("s"), id)]);
+    let take = turn::take(id, turn::lease());
+    let taken = store.take_turn(&session("s"), take).await.unwrap();
+    assert!(matches!(taken, turns::Taken::Leased(leased) if leased.attempt == 2));
+    let kept = store.keep_turn(&session("s"), turn::keep(id, lease)).await;
+    assert_eq!(kept, Err(Error::LeaseLost));
+}
+
+#[tokio::test]
+async fn forgotten_and_cleared_turns_leave_the_file() {
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let rows = |path: &Path| {
+        numbers(
+            path,
+            "SELECT (SELECT count(*) FROM turns) + (SELECT count(*) FROM turn_chunks)
+                  + (SELECT count(*) FROM turn_line)",
+        )
+    };
+    let (id, lease) = run_turn(&store, "t").await;
+    let waiting = turns::BeginTurn {
+        waits: true,
+        ..turn::begin("u", turn::lease())
+    };
+    store.begin_turn(&session("s"), waiting).await.unwrap();
+    assert_eq!(rows(&path), 3);
+    store.clear(&session("s")).await.unwrap();
+    assert_eq!(rows(&path), 0);
+    let end = turn::end(id, lease.token, &["q", "a"]);
+    let ended = store.end_turn(&session("s"), end).await;
+    assert_eq!(ended, Err(Error::Cleared));
+
+    let (id, lease) = run_turn(&store, "t").await;
+    let end = turn::end(id, lease.token, &["q", "a"]);
+    store.end_turn(&session("s"), end).await.unwrap();
+    time.fetch_add(turn::LONG_MS - 1, Ordering::SeqCst);
+    store.append(&session("x"), batch(["x"])).await.unwrap();
+    assert_eq!(rows(&path), 2);
+    time.fetch_add(60_000, Ordering::SeqCst);
+    store.append(&session("x"), batch(["x"])).await.unwrap();
+    assert_eq!(rows(&path), 0);
+    assert_eq!(
+        store.follow_turn(&session("s"), turn::follow(id)).await,
+        Ok(None)
+    );
+    assert_eq!(texts(&read_all(&store, &session("s")).await), ["q", "a"]);
 }

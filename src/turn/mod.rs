@@ -48,7 +48,7 @@ use crate::{
     message::{Draft, Message, PAGE_BYTES_MAX, SessionId},
     model::{Model, Prompt},
     store::{
-        Appended, Body, Element, Order, Read, RequestKey, Sequence, Store,
+        self, Appended, Body, Element, Order, Read, RequestKey, Sequence, Store,
         turns::{
             BeginTurn, Begun, FollowTurn, Lease, Leased, Stop, StoppedTurn, TakeTurn, Taken, Token,
             TurnId, TurnState,
@@ -74,6 +74,8 @@ const WAIT_POLL: Duration = Duration::from_millis(100);
 const STOP_POLL: Duration = Duration::from_millis(30);
 /// How long the holder of a turn gets to stop it, before it is taken from it.
 const STOP_PATIENCE: Duration = Duration::from_millis(600);
+/// How long a stopped turn is waited for in all.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// How long a call waits for a turn whose answer the store has not taken yet.
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
 /// How often this server looks for turns whose servers have died.
@@ -425,9 +427,8 @@ impl Turns {
         turn: Option<(TurnId, String)>,
         stop: Stop,
     ) -> Result<(String, Vec<(Sequence, Message)>), Error> {
-        let store = &self.0.store;
         let id = turn.as_ref().map(|(id, _)| *id);
-        let found = store.stop_turn(session, id, stop).await?;
+        let found = self.0.store.stop_turn(session, id, stop).await?;
         let Some(StoppedTurn {
             turn,
             name,
@@ -440,7 +441,7 @@ impl Turns {
         if let Some(held) = self.held(session, &turn) {
             held.poke.notify_one();
         }
-        let patience_ends = Instant::now() + STOP_PATIENCE;
+        let asked_at = Instant::now();
         let mut is_seized = false;
         loop {
             match state {
@@ -450,14 +451,18 @@ impl Turns {
                 }
                 TurnState::Failed { .. } => return Ok((name, Vec::new())),
             }
-            if Instant::now() >= patience_ends && !is_seized {
+            if asked_at.elapsed() >= STOP_LIMIT {
+                let reason = format!("the turn did not end within {STOP_LIMIT:?}");
+                return Err(store::Error::Unavailable(reason).into());
+            }
+            if asked_at.elapsed() >= STOP_PATIENCE && !is_seized {
                 // Its holder is dead or stalls: it is ended from here, with what is in its log.
                 is_seized = true;
                 self.seize(session, turn).await?;
             }
             sleep(STOP_POLL).await;
-            let found = store.follow_turn(session, look(turn)).await?;
-            state = found.ok_or(crate::store::Error::Cleared)?.state;
+            let found = self.0.store.follow_turn(session, look(turn)).await?;
+            state = found.ok_or(store::Error::Cleared)?.state;
         }
     }
 
@@ -576,7 +581,7 @@ impl Shared {
             let page = self.store.read(session, read).await?;
             if page.elements.is_empty() {
                 // Somebody deleted them since.
-                return Err(crate::store::Error::Cleared.into());
+                return Err(store::Error::Cleared.into());
             }
             for element in &page.elements {
                 let message = read_message(element).ok_or(Error::Internal)?;
