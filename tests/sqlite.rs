@@ -9,14 +9,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chat_memory::store::sqlite::{OpenError, Options, Sqlite};
+use chat_memory::store::turns::{BeginTurn, Chunk, KeepTurn, Lease, Taken, TurnState};
 use chat_memory::store::{
-    Append, Epoch, Error, REQUEST_MEMORY_MS, Result, Store, TOMBSTONE_MS, TurnStore as _, turns,
+    Append, Epoch, Error, REQUEST_MEMORY_MS, Result, Store, TOMBSTONE_MS, TurnStore,
 };
 use futures_util::future::{FutureExt as _, join_all};
 use harness::stores::{
     all, batch, fill, fresh_session, read_all, request, sequences, session, texts,
 };
-use harness::turns as turn;
+use harness::turns::{LONG_MS, begin, end, follow, keep, lease, leased, take};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
@@ -226,6 +227,34 @@ fn an_empty_file_becomes_a_database() {
     std::fs::write(&path, b"").unwrap();
     drop(open(&path));
     drop(open(&path));
+}
+
+/// Version 1 is the first schema alone, as its program left it.
+#[tokio::test]
+async fn a_file_of_version_1_keeps_its_messages_and_takes_turns() {
+    let (_directory, path) = place();
+    let db = Connection::open(&path).unwrap();
+    db.execute_batch(include_str!("../src/store/sqlite/schema.sql"))
+        .unwrap();
+    db.pragma_update(None, "application_id", i32::from_be_bytes(*b"CMem"))
+        .unwrap();
+    db.pragma_update(None, "user_version", 1).unwrap();
+    db.execute_batch(
+        "INSERT INTO sessions (key, last_sequence) VALUES ('s', 2);
+         INSERT INTO messages VALUES (1, 1, CAST('a' AS BLOB)), (1, 2, CAST('b' AS BLOB));",
+    )
+    .unwrap();
+    drop(db);
+
+    let store = open(&path);
+    let s = session("s");
+    assert_eq!(texts(&read_all(&store, &s).await), ["a", "b"]);
+    let turn = begin("t", lease());
+    leased(store.begin_turn(&s, turn.clone()).await.unwrap());
+    let ended = store.end_turn(&s, end(turn.key.id, turn.lease.token, &["c"]));
+    ended.await.unwrap();
+    assert_eq!(texts(&read_all(&store, &s).await), ["a", "b", "c"]);
+    assert_eq!(numbers(&path, "PRAGMA user_version"), 2);
 }
 
 #[tokio::test]
@@ -596,6 +625,176 @@ async fn the_clear_of_a_session_without_messages_is_remembered_for_an_hour() {
     assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
 }
 
+// Turns.
+
+/// Adds chunks to the log of a running turn.
+async fn say(store: &Sqlite, s: &chat_memory::message::SessionId, turn: &BeginTurn, count: u32) {
+    for index in 0..count {
+        let chunk = Some(Chunk {
+            index,
+            bytes: format!("a secret {index}").into(),
+        });
+        let keep = KeepTurn {
+            chunk,
+            ..keep(turn.key.id, turn.lease)
+        };
+        store.keep_turn(s, keep).await.unwrap();
+    }
+}
+
+fn rows_of_turns(path: &Path) -> [i64; 3] {
+    ["turns", "turn_chunks", "turn_line"]
+        .map(|table| numbers(path, &format!("SELECT count(*) FROM {table}")))
+}
+
+/// A file has one server: whoever held a lease is gone when the next one opens it.
+#[tokio::test]
+async fn leases_end_when_the_file_is_opened_anew() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let s = session("s");
+    let turn = begin("t", lease());
+    leased(store.begin_turn(&s, turn.clone()).await.unwrap());
+    say(&store, &s, &turn, 2).await;
+    assert_eq!(store.orphaned_turns(10).await.unwrap(), []);
+    let held = store.take_turn(&s, take(turn.key.id, lease())).await;
+    assert_eq!(held, Ok(Taken::Held));
+    drop(store);
+
+    let store = open(&path);
+    let orphans = store.orphaned_turns(10).await.unwrap();
+    assert_eq!(orphans, [(s.clone(), turn.key.id)]);
+    let taken = store.take_turn(&s, take(turn.key.id, lease())).await;
+    let Ok(Taken::Leased(taken)) = taken else {
+        panic!("not taken: {taken:?}");
+    };
+    assert_eq!((taken.attempt, taken.next_chunk), (2, 2));
+    assert_eq!(taken.request, turn.request);
+    let late = store.keep_turn(&s, keep(turn.key.id, turn.lease)).await;
+    assert_eq!(late, Err(Error::LeaseLost));
+}
+
+#[tokio::test]
+async fn orphans_of_other_prefixes_do_not_crowd_out_ours() {
+    let (_directory, path) = place();
+    for prefix in ["other:", "ours:"] {
+        let store = Sqlite::open(&path, prefix).unwrap();
+        for id in ["1", "2", "3"] {
+            store
+                .begin_turn(&session(id), begin("t", lease()))
+                .await
+                .unwrap();
+        }
+    }
+    let store = Sqlite::open(&path, "ours:").unwrap();
+    let orphans = store.orphaned_turns(2).await.unwrap();
+    assert_eq!(orphans.len(), 2);
+    assert_eq!(store.orphaned_turns(10).await.unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn clear_leaves_no_row_of_a_turn() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let s = session("s");
+    let turn = begin("t", lease());
+    leased(store.begin_turn(&s, turn.clone()).await.unwrap());
+    say(&store, &s, &turn, 3).await;
+    let waiting = BeginTurn {
+        waits: true,
+        ..begin("next", lease())
+    };
+    store.begin_turn(&s, waiting).await.unwrap();
+    assert_eq!(rows_of_turns(&path), [1, 3, 1]);
+
+    store.clear(&s).await.unwrap();
+    assert_eq!(rows_of_turns(&path), [0, 0, 0]);
+    assert_eq!(store.follow_turn(&s, follow(turn.key.id)).await, Ok(None));
+    drop(store);
+    let contents = std::fs::read(&path).unwrap();
+    assert!(!contents.windows(8).any(|bytes| bytes == b"a secret"));
+}
+
+#[tokio::test]
+async fn forgotten_turns_leave_the_file_in_bounded_steps() {
+    const CHUNKS: u32 = 600;
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let [s, other] = ["s", "other"].map(session);
+    let turn = begin("t", lease());
+    leased(store.begin_turn(&s, turn.clone()).await.unwrap());
+    say(&store, &s, &turn, CHUNKS).await;
+    let end = end(turn.key.id, turn.lease.token, &["answer"]);
+    store.end_turn(&s, end).await.unwrap();
+
+    time.fetch_add(LONG_MS - 1, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    assert_eq!(rows_of_turns(&path), [1, i64::from(CHUNKS), 0]);
+    let followed = store.follow_turn(&s, follow(turn.key.id)).await.unwrap();
+    let state = followed.unwrap().state;
+    assert!(matches!(state, TurnState::Completed { .. }), "{state:?}");
+
+    // Looked for once a minute.
+    time.fetch_add(60_000, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    assert_eq!(rows_of_turns(&path), [1, i64::from(CHUNKS) - 500, 0]);
+    fill(&store, &other, 1).await;
+    assert_eq!(rows_of_turns(&path), [0, 0, 0]);
+    assert_eq!(texts(&read_all(&store, &s).await), ["answer"]);
+}
+
+/// A session that only ever had a turn goes with it, and who waited there is no hindrance.
+#[tokio::test]
+async fn a_session_without_messages_stays_as_long_as_its_turns() {
+    const WEEK_MS: i64 = 7 * 24 * 3_600_000;
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let [s, other] = ["s", "other"].map(session);
+    let long = Lease {
+        retention_ms: WEEK_MS,
+        ..lease()
+    };
+    store.begin_turn(&s, begin("t", long)).await.unwrap();
+    let waiting = BeginTurn {
+        waits: true,
+        ..begin("next", lease())
+    };
+    store.begin_turn(&s, waiting).await.unwrap();
+    let forget_ms = numbers(&path, "SELECT forget_ms FROM turns");
+    assert_eq!(numbers(&path, "SELECT forget_ms FROM sessions"), forget_ms);
+
+    time.store(forget_ms - 60_000, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    assert_eq!(rows_of_turns(&path), [1, 0, 1]);
+    time.store(forget_ms, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    assert_eq!(rows_of_turns(&path), [0, 0, 0]);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
+    fill(&store, &s, 1).await;
+    assert_eq!(sequences(&read_all(&store, &s).await), [1]);
+}
+
+/// Else a turn could show what another session's said.
+#[tokio::test]
+async fn a_turn_that_other_tools_deleted_does_not_haunt_the_next() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let turn = begin("t", lease());
+    let secret = session("secret");
+    leased(store.begin_turn(&secret, turn.clone()).await.unwrap());
+    say(&store, &secret, &turn, 3).await;
+    // As the `sqlite3` tool does it: without looking after references.
+    let db = Connection::open(&path).unwrap();
+    db.execute_batch("PRAGMA foreign_keys = OFF; DELETE FROM turns;")
+        .unwrap();
+
+    let s = session("next");
+    leased(store.begin_turn(&s, turn.clone()).await.unwrap());
+    say(&store, &s, &turn, 1).await;
+    let followed = store.follow_turn(&s, follow(turn.key.id)).await.unwrap();
+    assert_eq!(followed.unwrap().chunks, ["a secret 0"]);
+}
+
 // Failures.
 
 #[tokio::test]
@@ -742,108 +941,4 @@ async fn a_full_store_says_so_and_goes_on_when_there_is_room() {
         .unwrap();
     assert_eq!(appended.first_sequence, stored + 1);
     assert_eq!(texts(&read_all(&store, &small).await), ["1", "2", "3"]);
-}
-
-// Turns.
-
-/// A turn with a chunk in its log.
-async fn run_turn(store: &Sqlite, id: &str) -> (turns::TurnId, turns::Lease) {
-    let s = session("s");
-    let lease = turn::lease();
-    let begin = turn::begin(id, lease);
-    let turn = begin.key.id;
-    turn::leased(store.begin_turn(&s, begin).await.unwrap());
-    let chunk = turns::Chunk {
-        index: 0,
-        bytes: "1\n\"a\"\n".into(),
-    };
-    let keep = turns::KeepTurn {
-        chunk: Some(chunk),
-        ..turn::keep(turn, lease)
-    };
-    store.keep_turn(&s, keep).await.unwrap();
-    (turn, lease)
-}
-
-#[tokio::test]
-async fn a_file_of_the_first_version_is_brought_to_this_one() {
-    let (_directory, path) = place();
-    let db = Connection::open(&path).unwrap();
-    db.execute_batch(include_str!("../src/store/sqlite/schema.sql"))
-        .unwrap();
-    db.execute_batch(
-        "INSERT INTO sessions (key, last_sequence) VALUES ('s', 1);
-         INSERT INTO messages VALUES (1, 1, CAST('old' AS BLOB));",
-    )
-    .unwrap();
-    db.pragma_update(None, "application_id", i32::from_be_bytes(*b"CMem"))
-        .unwrap();
-    db.pragma_update(None, "user_version", 1).unwrap();
-    drop(db);
-
-    let store = open(&path);
-    assert_eq!(texts(&read_all(&store, &session("s")).await), ["old"]);
-    let (id, lease) = run_turn(&store, "t").await;
-    let end = turn::end(id, lease.token, &["q", "a"]);
-    store.end_turn(&session("s"), end).await.unwrap();
-    let page = read_all(&store, &session("s")).await;
-    assert_eq!(texts(&page), ["old", "q", "a"]);
-    assert_eq!(numbers(&path, "PRAGMA user_version"), 2);
-}
-
-#[tokio::test]
-async fn who_opens_the_file_finds_the_turns_of_whoever_had_it() {
-    let (_directory, path) = place();
-    let store = open(&path);
-    let (id, lease) = run_turn(&store, "t").await;
-    assert_eq!(store.orphaned_turns(10).await.unwrap(), []);
-    drop(store);
-    let store = open(&path);
-    let orphans = store.orphaned_turns(10).await.unwrap();
-    assert_eq!(orphans, [(session("s"), id)]);
-    let take = turn::take(id, turn::lease());
-    let taken = store.take_turn(&session("s"), take).await.unwrap();
-    assert!(matches!(taken, turns::Taken::Leased(leased) if leased.attempt == 2));
-    let kept = store.keep_turn(&session("s"), turn::keep(id, lease)).await;
-    assert_eq!(kept, Err(Error::LeaseLost));
-}
-
-#[tokio::test]
-async fn forgotten_and_cleared_turns_leave_the_file() {
-    let (_directory, path) = place();
-    let (store, time) = open_with_clock(&path);
-    let rows = |path: &Path| {
-        numbers(
-            path,
-            "SELECT (SELECT count(*) FROM turns) + (SELECT count(*) FROM turn_chunks)
-                  + (SELECT count(*) FROM turn_line)",
-        )
-    };
-    let (id, lease) = run_turn(&store, "t").await;
-    let waiting = turns::BeginTurn {
-        waits: true,
-        ..turn::begin("u", turn::lease())
-    };
-    store.begin_turn(&session("s"), waiting).await.unwrap();
-    assert_eq!(rows(&path), 3);
-    store.clear(&session("s")).await.unwrap();
-    assert_eq!(rows(&path), 0);
-    let end = turn::end(id, lease.token, &["q", "a"]);
-    let ended = store.end_turn(&session("s"), end).await;
-    assert_eq!(ended, Err(Error::Cleared));
-
-    let (id, lease) = run_turn(&store, "t").await;
-    let end = turn::end(id, lease.token, &["q", "a"]);
-    store.end_turn(&session("s"), end).await.unwrap();
-    time.fetch_add(turn::LONG_MS - 1, Ordering::SeqCst);
-    store.append(&session("x"), batch(["x"])).await.unwrap();
-    assert_eq!(rows(&path), 2);
-    time.fetch_add(60_000, Ordering::SeqCst);
-    store.append(&session("x"), batch(["x"])).await.unwrap();
-    assert_eq!(rows(&path), 0);
-    assert_eq!(
-        store.follow_turn(&session("s"), turn::follow(id)).await,
-        Ok(None)
-    );
-    assert_eq!(texts(&read_all(&store, &session("s")).await), ["q", "a"]);
 }

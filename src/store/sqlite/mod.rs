@@ -1,9 +1,10 @@
 //! The embedded store: one SQLite file, for a server that runs without Redis. Knows neither gRPC
 //! nor models, nor what is in the elements.
 //!
-//! In reading order: [`open`] takes the file and brings it to this version (`schema.sql`),
-//! [`tables`] holds the statements, [`writer`] is the one thread that writes, many appends to a
-//! commit; this file puts them together and is the only one that waits.
+//! In reading order: [`open`] takes the file and brings it to this version (`schema.sql`, then
+//! `schema_2.sql`), [`tables`] holds the statements, [`turns`] those of turns, [`writer`] is the one
+//! thread that writes, many writes to a commit; this file puts them together, and all waiting is in
+//! it.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -2,14 +2,14 @@
 --
 -- Turns: those that run, and for a while those that have ended.
 CREATE TABLE turns (
-    number         INTEGER PRIMARY KEY,
+    -- AUTOINCREMENT: a turn never meets the log that another left over.
+    number         INTEGER PRIMARY KEY AUTOINCREMENT,
     session        INTEGER NOT NULL REFERENCES sessions (number),
     -- The turn's id, hashed, and for people.
     id             BLOB    NOT NULL,
     name           TEXT    NOT NULL,
-    -- What was asked, hashed; and as it was asked, unless the turn has completed.
+    -- What was asked, hashed.
     fingerprint    BLOB    NOT NULL,
-    request        BLOB,
     state          TEXT    NOT NULL CHECK (state IN ('running', 'completed', 'failed')),
     -- Who has the lease, and until when, in milliseconds since 1970.
     token          BLOB    NOT NULL,
@@ -31,6 +31,9 @@ CREATE TABLE turns (
     time_ms        INTEGER,
     -- When it is forgotten, in milliseconds since 1970.
     forget_ms      INTEGER NOT NULL,
+    -- What was asked, unless the turn has completed. Last, because it may be large: the columns
+    -- before it are read without it.
+    request        BLOB,
     UNIQUE (session, id)
 ) STRICT;
 
@@ -48,7 +51,7 @@ CREATE TABLE turn_chunks (
 
 -- Calls that wait for their turn on a session, in order, and when each last asked.
 CREATE TABLE turn_line (
-    session  INTEGER NOT NULL REFERENCES sessions (number),
+    session  INTEGER NOT NULL REFERENCES sessions (number) ON DELETE CASCADE,
     place    INTEGER NOT NULL,
     id       BLOB    NOT NULL,
     asked_ms INTEGER NOT NULL,

@@ -33,6 +33,9 @@ const ADD_EMPTY_SESSION: &str = "
 const ADVANCE_SESSION: &str = "
     UPDATE sessions SET last_sequence = :last_sequence, forget_ms = NULL WHERE number = :session";
 
+const KEEP_SESSION: &str = "
+    UPDATE sessions SET forget_ms = :forget_ms WHERE number = :session AND forget_ms < :forget_ms";
+
 const CLEAR_SESSION: &str = "
     UPDATE sessions SET last_sequence = :last_sequence, epoch = epoch + 1, forget_ms = :forget_ms
     WHERE number = :session";
@@ -63,8 +66,7 @@ const PRUNE_SESSIONS: &str = "
         (SELECT number FROM sessions WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)
     AND NOT EXISTS (SELECT 1 FROM messages WHERE session = number)
     AND NOT EXISTS (SELECT 1 FROM requests WHERE session = sessions.number)
-    AND NOT EXISTS (SELECT 1 FROM turns WHERE session = sessions.number)
-    AND NOT EXISTS (SELECT 1 FROM turn_line WHERE session = sessions.number)";
+    AND NOT EXISTS (SELECT 1 FROM turns WHERE session = sessions.number)";
 
 const FIRST_IN_RANGE: &str = "
     SELECT min(sequence) FROM messages
@@ -240,6 +242,14 @@ pub fn add_empty_session(db: &Connection, key: &str, forget_ms: UnixMillis) -> R
     Ok(db.prepare_cached(ADD_EMPTY_SESSION)?.insert(params)?)
 }
 
+/// Has a session that is to be forgotten stay until then at least. [`prune`] would look in vain at
+/// one that has turns, each time, and not at those behind it.
+pub fn keep_session(db: &Connection, session: i64, forget_ms: UnixMillis) -> Result<()> {
+    let params = named_params! {":session": session, ":forget_ms": forget_ms};
+    db.prepare_cached(KEEP_SESSION)?.execute(params)?;
+    Ok(())
+}
+
 pub fn clear(db: &Connection, key: &str, now_ms: UnixMillis) -> Result<i64> {
     let (number, last_sequence) = match session(db, key)? {
         Some(session) => (session.number, session.last_sequence),
@@ -271,11 +281,11 @@ pub fn prune(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
     let requests = db
         .prepare_cached(PRUNE_REQUESTS)?
         .execute(named_params! {":limit": limit, ":now_ms": now_ms})?;
-    let turns = turns::prune(db, now_ms, limit)?;
+    let has_more_turns = turns::prune(db, now_ms, limit)?;
     let sessions = db
         .prepare_cached(PRUNE_SESSIONS)?
         .execute(named_params! {":limit": limit, ":now_ms": now_ms})?;
-    Ok([requests, turns, sessions].contains(&PRUNE_ROWS_MAX))
+    Ok(has_more_turns || [requests, sessions].contains(&PRUNE_ROWS_MAX))
 }
 
 pub fn recall(
@@ -461,6 +471,7 @@ pub mod tests {
         let statements = [
             SESSION,
             ADVANCE_SESSION,
+            KEEP_SESSION,
             CLEAR_SESSION,
             DELETE_MESSAGES,
             REQUEST,

@@ -16,7 +16,11 @@ use crate::store::{Appended, Error, Result};
 /// How long a session that only ever began a turn is remembered besides its turns.
 const EMPTY_SESSION_MS: i64 = 60 * 60 * 1000;
 
-const TURN: &str = "SELECT * FROM turns WHERE session = :session AND id = :id";
+// Without the request, which may be large.
+const TURN: &str = "
+    SELECT id, name, fingerprint, state, token, expires_ms, attempt, tries, reserved, first_chunk,
+        next_chunk, stop, outcome, first_sequence, count, time_ms, forget_ms
+    FROM turns WHERE session = :session AND id = :id";
 
 const RUNNING: &str = "
     SELECT id FROM turns WHERE session = :session AND state = 'running'
@@ -62,28 +66,40 @@ const DELETE_CHUNKS: &str = "
         (SELECT number FROM turns WHERE session = :session AND id = :id)";
 
 const CHUNKS: &str = "
-    SELECT bytes FROM turn_chunks WHERE number >= :from AND turn =
+    SELECT bytes FROM turn_chunks WHERE number >= :from AND number < :next AND turn =
         (SELECT number FROM turns WHERE session = :session AND id = :id)
     ORDER BY number";
 
 const ORPHANS: &str = "
     SELECT sessions.key, turns.id FROM turns JOIN sessions ON sessions.number = turns.session
     WHERE turns.state = 'running' AND turns.expires_ms <= :now_ms
-    ORDER BY turns.expires_ms LIMIT :limit";
+    ORDER BY turns.expires_ms";
 
-const PRUNE: &str = "
+const PRUNE_CHUNKS: &str = "
+    DELETE FROM turn_chunks WHERE (turn, number) IN
+        (SELECT turn, turn_chunks.number FROM
+            (SELECT number FROM turns WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)
+            AS forgotten CROSS JOIN turn_chunks ON turn = forgotten.number
+        LIMIT :limit)";
+
+const PRUNE_TURNS: &str = "
     DELETE FROM turns WHERE number IN
-        (SELECT number FROM turns WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)";
+        (SELECT number FROM turns WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)
+    AND NOT EXISTS (SELECT 1 FROM turn_chunks WHERE turn = turns.number)";
 
 const DELETE_TURNS: &str = "DELETE FROM turns WHERE session = :session";
 
 /// Ends the leases of a server that had the file before: only one has it at a time.
-pub const END_LEASES: &str = "UPDATE turns SET expires_ms = 0 WHERE state = 'running'";
+pub const END_LEASES: &str = "
+    UPDATE turns SET expires_ms = 0 WHERE state = 'running' AND expires_ms > 0";
 
-/// Deletes turns that are to be forgotten, at most so many; says how many.
-pub fn prune(db: &Connection, now_ms: UnixMillis, limit: i64) -> Result<usize> {
+/// Deletes what there is of turns that are to be forgotten, at most so many rows of a kind. Says
+/// whether there may be more.
+pub fn prune(db: &Connection, now_ms: UnixMillis, limit: i64) -> Result<bool> {
     let params = named_params! {":limit": limit, ":now_ms": now_ms};
-    Ok(db.prepare_cached(PRUNE)?.execute(params)?)
+    let chunks = db.prepare_cached(PRUNE_CHUNKS)?.execute(params)?;
+    let turns = db.prepare_cached(PRUNE_TURNS)?.execute(params)?;
+    Ok([chunks, turns].contains(&(limit as usize)))
 }
 
 /// Deletes all turns of a session.
@@ -207,7 +223,7 @@ impl Table for Turns<'_> {
             ":time_ms": appended.map(|appended| appended.time_ms),
             ":forget_ms": record.forget_ms,
         })?;
-        Ok(())
+        tables::keep_session(self.db, session, record.forget_ms)
     }
 
     fn request(&self, turn: &TurnId) -> Result<Bytes> {
@@ -314,7 +330,12 @@ fn follow(
         return Ok(Some(followed));
     }
     let mut statement = db.prepare_cached(CHUNKS)?;
-    let params = named_params! {":session": turns.session, ":id": follow.turn, ":from": from};
+    let params = named_params! {
+        ":session": turns.session,
+        ":id": follow.turn,
+        ":from": from,
+        ":next": record.next_chunk,
+    };
     let mut rows = statement.query(params)?;
     let mut bytes_left = follow.bytes_max;
     while let Some(row) = rows.next()? {
@@ -338,7 +359,8 @@ fn size_of(chunk: Option<&Chunk>) -> usize {
 impl TurnStore for Sqlite {
     async fn begin_turn(&self, session: &SessionId, begin: BeginTurn) -> Result<Begun> {
         let key = self.key(session);
-        self.write(begin.request.len(), move |db, now_ms| {
+        let size = begin.name.len() + begin.request.len();
+        self.write(size, move |db, now_ms| {
             ledger::begin(&mut Turns::open(db, &key, now_ms)?, &begin, now_ms)
         })
         .await
@@ -346,7 +368,7 @@ impl TurnStore for Sqlite {
 
     async fn take_turn(&self, session: &SessionId, take: TakeTurn) -> Result<Taken> {
         let key = self.key(session);
-        self.write(0, move |db, now_ms| {
+        self.write(take.outcome.len(), move |db, now_ms| {
             ledger::take(&mut Turns::open(db, &key, now_ms)?, &take, now_ms)
         })
         .await
@@ -363,7 +385,7 @@ impl TurnStore for Sqlite {
     async fn end_turn(&self, session: &SessionId, end: EndTurn) -> Result<TurnState> {
         let key = self.key(session);
         let elements: usize = end.elements.iter().map(Bytes::len).sum();
-        let size = size_of(end.chunk.as_ref()) + elements;
+        let size = size_of(end.chunk.as_ref()) + elements + end.outcome.len();
         self.write(size, move |db, now_ms| {
             ledger::end(&mut Turns::open(db, &key, now_ms)?, &end, now_ms)
         })
@@ -396,21 +418,24 @@ impl TurnStore for Sqlite {
 
     async fn orphaned_turns(&self, limit: usize) -> Result<Vec<(SessionId, TurnId)>> {
         let clock = self.shared.clock.clone();
-        let rows = self.query(move |db| {
+        let prefix = self.key_prefix.clone();
+        self.query(move |db| {
             let mut statement = db.prepare_cached(ORPHANS)?;
-            let params = named_params! {":now_ms": clock(), ":limit": limit as i64};
-            let rows = statement.query_map(params, |row| Ok((row.get(0)?, row.get(1)?)))?;
-            Ok(rows.collect::<rusqlite::Result<Vec<(String, TurnId)>>>()?)
-        });
-        let mut orphans = Vec::new();
-        for (key, turn) in rows.await? {
-            // The file may hold sessions of other prefixes.
-            let id = key.strip_prefix(self.key_prefix.as_str());
-            if let Some(Ok(session)) = id.map(SessionId::parse) {
-                orphans.push((session, turn));
+            let mut rows = statement.query(named_params! {":now_ms": clock()})?;
+            let mut orphans = Vec::new();
+            while orphans.len() < limit
+                && let Some(row) = rows.next()?
+            {
+                let key: String = row.get(0)?;
+                // The file may hold sessions of other prefixes.
+                let id = key.strip_prefix(&prefix);
+                if let Some(Ok(session)) = id.map(SessionId::parse) {
+                    orphans.push((session, row.get(1)?));
+                }
             }
-        }
-        Ok(orphans)
+            Ok(orphans)
+        })
+        .await
     }
 }
 
@@ -435,8 +460,9 @@ mod tests {
             DELETE_CHUNKS,
             CHUNKS,
             ORPHANS,
-            PRUNE,
+            PRUNE_TURNS,
             DELETE_TURNS,
+            END_LEASES,
         ];
         for statement in statements {
             let steps = plan(statement);
@@ -447,5 +473,20 @@ mod tests {
             let is_scan = |step: &String| step.starts_with("SCAN");
             assert!(!steps.iter().any(is_scan), "{statement}\n{steps:#?}");
         }
+    }
+
+    /// Walks the turns that its inner LIMIT lets through, and of those the chunks that the outer does.
+    #[test]
+    fn pruning_the_logs_goes_along_the_keys() {
+        let steps = plan(PRUNE_CHUNKS);
+        for search in [
+            "SEARCH turns USING COVERING INDEX turns_forget",
+            "SEARCH turn_chunks",
+        ] {
+            let is_search = |step: &String| step.starts_with(search);
+            assert!(steps.iter().any(is_search), "{steps:#?}");
+        }
+        let is_bad = |step: &String| step.starts_with("SCAN turn") || step.contains("TEMP B-TREE");
+        assert!(!steps.iter().any(is_bad), "{steps:#?}");
     }
 }
