@@ -114,10 +114,10 @@ async fn a_refused_open_leaves_the_running_store_its_locks() {
     };
     // While others lock and unlock, a reading of that list can miss a line; it invents none.
     let locks = || (0..20).map(|_| look()).max().unwrap_or_default();
-    let before = locks();
-    assert!(before > 0, "the store holds no lock");
+    assert!(locks() > 0, "the store holds no lock");
     refusal(&path);
-    assert_eq!(locks(), before);
+    // All of them would be lost at once; some come and go with the store's own work.
+    assert!(locks() > 0, "the store has lost its locks");
 }
 
 #[cfg(unix)]
