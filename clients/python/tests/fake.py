@@ -74,6 +74,10 @@ class Fake(chat_memory_pb2_grpc.ChatMemoryServicer):
         self._next(request, context)
         return pb.ClearResponse(deleted_count=3)
 
+    def StopChat(self, request: Any, context: Any) -> pb.StopChatResponse:  # noqa: N802
+        self._next(request, context)
+        return pb.StopChatResponse(turn_id=request.turn_id)
+
     def Chat(self, request: Any, context: Any) -> Iterator[pb.ChatResponse]:  # noqa: N802
         self.requests.append(request)
         if self.wait_for_cancel:
