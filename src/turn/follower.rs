@@ -6,7 +6,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use tokio::{sync::watch, time::sleep};
 
 use super::{
-    Held, Turns,
+    Call, Held, Turns,
     events::{self, Completed, Event},
     log::{End, Found},
     outcome,
@@ -72,12 +72,12 @@ impl Follower {
         }
     }
 
-    pub(super) fn stored(turns: Turns, session: SessionId, turn: TurnId, taken: i64) -> Self {
+    pub(super) fn stored(turns: Turns, call: &Call) -> Self {
         Self {
             turns,
-            session,
-            turn,
-            taken,
+            session: call.session.clone(),
+            turn: call.key.id,
+            taken: call.resume_after,
             source: read_store(),
             chunk: 0,
         }

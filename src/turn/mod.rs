@@ -255,15 +255,7 @@ impl Turns {
             let begun = shared.tasks.spawn(beginning).await;
             match begun.map_err(|_| Error::Internal)?? {
                 Begun::Leased(_) => {}
-                Begun::Exists(_) => {
-                    let (session, id) = (call.session.clone(), call.key.id);
-                    return Ok(Follower::stored(
-                        self.clone(),
-                        session,
-                        id,
-                        call.resume_after,
-                    ));
-                }
+                Begun::Exists(_) => return Ok(Follower::stored(self.clone(), &call)),
                 Begun::Busy {
                     turn,
                     name,
@@ -279,7 +271,7 @@ impl Turns {
                         .stop(&call.session, Some((turn, name)), Stop::Keep)
                         .await
                     {
-                        Ok(_) | Err(Error::TurnNotFound { .. } | Error::TurnStopped) => {}
+                        Ok(_) | Err(Error::TurnNotFound { .. }) => {}
                         Err(error) => return Err(error),
                     }
                 }
@@ -322,13 +314,7 @@ impl Turns {
             let turn_id = call.turn_id.clone();
             return Err(Error::TurnNotFound { turn_id });
         }
-        let (session, id) = (call.session.clone(), call.key.id);
-        Ok(Follower::stored(
-            self.clone(),
-            session,
-            id,
-            call.resume_after,
-        ))
+        Ok(Follower::stored(self.clone(), call))
     }
 
     async fn begin(
@@ -392,21 +378,38 @@ impl Turns {
         let Ok(permit) = shared.permits.clone().try_acquire_owned() else {
             return Ok(());
         };
-        let adopting = self.clone().take(session.clone(), turn, permit);
-        let adopted = shared.tasks.spawn(adopting).await;
-        adopted.map_err(|_| Error::Internal)?
+        self.take(session, turn, Some(permit)).await
     }
 
+    /// As a task: a caller that goes away must not leave a lease that nobody has.
     async fn take(
+        &self,
+        session: &SessionId,
+        turn: TurnId,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> Result<(), Error> {
+        let taking = self.clone().take_and_run(session.clone(), turn, permit);
+        let taken = self.0.tasks.spawn(taking).await;
+        taken.map_err(|_| Error::Internal)?
+    }
+
+    /// Takes a turn and runs it here; without a permit, by force, and only to end it.
+    async fn take_and_run(
         self,
         session: SessionId,
         turn: TurnId,
-        permit: OwnedSemaphorePermit,
+        permit: Option<OwnedSemaphorePermit>,
     ) -> Result<(), Error> {
         let lease = self.0.lease(Token::new());
-        let take = self.0.take_turn(turn, lease, false);
+        let take = TakeTurn {
+            turn,
+            lease,
+            by_force: permit.is_none(),
+            tries_max: if self.0.settings.adopts { TRIES_MAX } else { 1 },
+            outcome: outcome::write(&Recorded::of(&Error::TurnAbandoned)),
+        };
         if let Taken::Leased(leased) = self.0.store.take_turn(&session, take).await? {
-            tracing::info!(attempt = leased.attempt, "a turn is run anew here");
+            tracing::info!(attempt = leased.attempt, "a turn is taken over here");
             self.run(Run {
                 session,
                 turn,
@@ -414,7 +417,7 @@ impl Turns {
                 stop_on_disconnect: false,
                 leased,
                 lease,
-                permit: Mutex::new(Some(permit)),
+                permit: Mutex::new(permit),
             });
         }
         Ok(())
@@ -458,30 +461,12 @@ impl Turns {
             if asked_at.elapsed() >= STOP_PATIENCE && !is_seized {
                 // Its holder is dead or stalls: it is ended from here, with what is in its log.
                 is_seized = true;
-                self.seize(session, turn).await?;
+                self.take(session, turn, None).await?;
             }
             sleep(STOP_POLL).await;
             let found = self.0.store.follow_turn(session, look(turn)).await?;
             state = found.ok_or(store::Error::Cleared)?.state;
         }
-    }
-
-    /// Takes a turn that is to be stopped from its holder, alive or not.
-    async fn seize(&self, session: &SessionId, turn: TurnId) -> Result<(), Error> {
-        let lease = self.0.lease(Token::new());
-        let take = self.0.take_turn(turn, lease, true);
-        if let Taken::Leased(leased) = self.0.store.take_turn(session, take).await? {
-            self.run(Run {
-                session: session.clone(),
-                turn,
-                fingerprint: None,
-                stop_on_disconnect: false,
-                leased,
-                lease,
-                permit: Mutex::default(),
-            });
-        }
-        Ok(())
     }
 
     /// Takes no more turns and waits for the running ones to end.
@@ -516,7 +501,29 @@ impl Turns {
         session: &SessionId,
         appended: Appended,
     ) -> Result<Vec<(Sequence, Message)>, Error> {
-        self.0.stored(session, appended).await
+        let mut messages = Vec::with_capacity(appended.count);
+        let end = appended.first_sequence + appended.count as Sequence;
+        while messages.len() < appended.count {
+            let next = appended.first_sequence + messages.len() as Sequence;
+            let read = Read {
+                order: Order::OldestFirst,
+                after: next - 1,
+                before: Some(end),
+                last: None,
+                limit: appended.count - messages.len(),
+                bytes_max: PAGE_BYTES_MAX,
+            };
+            let page = self.0.store.read(session, read).await?;
+            if page.elements.is_empty() {
+                // Somebody deleted them since.
+                return Err(store::Error::Cleared.into());
+            }
+            for element in &page.elements {
+                let message = read_message(element).ok_or(Error::Internal)?;
+                messages.push((element.sequence, message));
+            }
+        }
+        Ok(messages)
     }
 }
 
@@ -542,16 +549,6 @@ impl Shared {
         }
     }
 
-    fn take_turn(&self, turn: TurnId, lease: Lease, by_force: bool) -> TakeTurn {
-        TakeTurn {
-            turn,
-            lease,
-            by_force,
-            tries_max: if self.settings.adopts { TRIES_MAX } else { 1 },
-            outcome: outcome::write(&Recorded::of(&Error::TurnAbandoned)),
-        }
-    }
-
     /// Whether the store could be reached for as long as a lease lasts. After it was away, the
     /// holders of turns get this long to come back before their turns are taken from them.
     fn has_settled(&self) -> bool {
@@ -559,36 +556,6 @@ impl Shared {
             Some(since) => since.elapsed() >= self.settings.lease,
             None => true,
         }
-    }
-
-    async fn stored(
-        &self,
-        session: &SessionId,
-        appended: Appended,
-    ) -> Result<Vec<(Sequence, Message)>, Error> {
-        let mut messages = Vec::with_capacity(appended.count);
-        let end = appended.first_sequence + appended.count as Sequence;
-        while messages.len() < appended.count {
-            let next = appended.first_sequence + messages.len() as Sequence;
-            let read = Read {
-                order: Order::OldestFirst,
-                after: next - 1,
-                before: Some(end),
-                last: None,
-                limit: appended.count - messages.len(),
-                bytes_max: PAGE_BYTES_MAX,
-            };
-            let page = self.store.read(session, read).await?;
-            if page.elements.is_empty() {
-                // Somebody deleted them since.
-                return Err(store::Error::Cleared.into());
-            }
-            for element in &page.elements {
-                let message = read_message(element).ok_or(Error::Internal)?;
-                messages.push((element.sequence, message));
-            }
-        }
-        Ok(messages)
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
     model::{self, FinishReason, Piece, Prompt},
     store::{
         self, Body, Element, Order, Read,
-        turns::{EndTurn, FollowTurn, KeepTurn, Stop, TurnState},
+        turns::{EndTurn, FollowTurn, KeepTurn, Kept, Lease, Stop, TurnState},
     },
     window,
 };
@@ -57,15 +57,7 @@ impl Drop for Runner {
     fn drop(&mut self) {
         // A turn that panicked must not leave its followers waiting.
         self.held.log.end(End::Moved);
-        let key = (self.held.session.clone(), self.held.turn);
-        let mut held = lock(&self.shared.held);
-        // A later attempt may have the place.
-        if held
-            .get(&key)
-            .is_some_and(|known| Arc::ptr_eq(known, &self.held))
-        {
-            held.remove(&key);
-        }
+        self.release();
     }
 }
 
@@ -174,16 +166,8 @@ impl Runner {
             if !is_poked && !is_due {
                 continue;
             }
-            let (chunk, last_event) = self.held.log.chunk();
-            let keep = KeepTurn {
-                turn: self.run.turn,
-                lease: self.run.lease,
-                chunk,
-                last_event,
-            };
-            match self.shared.store.keep_turn(&self.run.session, keep).await {
+            match self.keep_once().await {
                 Ok(kept) => {
-                    self.held.log.written(self.run.lease.reserve);
                     kept_at = Instant::now();
                     is_followed_elsewhere = kept
                         .followed_ms_ago
@@ -372,8 +356,33 @@ impl Runner {
     /// Makes room for the next turn on the session: who has the last event may begin it at once.
     fn release(&self) {
         let key = (self.held.session.clone(), self.held.turn);
-        lock(&self.shared.held).remove(&key);
+        let mut held = lock(&self.shared.held);
+        // A later attempt may have the place.
+        if held
+            .get(&key)
+            .is_some_and(|known| Arc::ptr_eq(known, &self.held))
+        {
+            held.remove(&key);
+        }
         lock(&self.run.permit).take();
+    }
+
+    /// Extends the lease and writes what is new to the store's log.
+    async fn keep_once(&self) -> store::Result<Kept> {
+        let kept = self.send_keep(self.run.lease).await?;
+        self.held.log.written(self.run.lease.reserve);
+        Ok(kept)
+    }
+
+    async fn send_keep(&self, lease: Lease) -> store::Result<Kept> {
+        let (chunk, last_event) = self.held.log.chunk();
+        let keep = KeepTurn {
+            turn: self.run.turn,
+            lease,
+            chunk,
+            last_event,
+        };
+        self.shared.store.keep_turn(&self.run.session, keep).await
     }
 
     /// Ends the turn in the store, however long that is away. Returns the number of the last event,
@@ -448,31 +457,18 @@ impl Runner {
     /// Writes what of the log must be written before the turn can end.
     async fn write_log(&self) -> store::Result<()> {
         while self.held.log.is_under_way() || self.held.log.is_holding() {
-            let (chunk, last_event) = self.held.log.chunk();
-            let keep = KeepTurn {
-                turn: self.run.turn,
-                lease: self.run.lease,
-                chunk,
-                last_event,
-            };
-            self.shared.store.keep_turn(&self.run.session, keep).await?;
-            self.held.log.written(self.run.lease.reserve);
+            self.keep_once().await?;
         }
         Ok(())
     }
 
     /// Leaves the turn to other servers, at once.
     async fn give_up(&self) {
-        let (chunk, last_event) = self.held.log.chunk();
-        let mut lease = self.run.lease;
-        lease.lease_ms = 0;
-        let keep = KeepTurn {
-            turn: self.run.turn,
-            lease,
-            chunk,
-            last_event,
+        let lease = Lease {
+            lease_ms: 0,
+            ..self.run.lease
         };
-        let released = self.shared.store.keep_turn(&self.run.session, keep);
+        let released = self.send_keep(lease);
         if !matches!(timeout(RELEASE_LIMIT, released).await, Ok(Ok(_))) {
             tracing::debug!("a turn could not be given up; its lease runs out");
         }
