@@ -73,6 +73,7 @@ impl Service {
     }
 }
 
+type WatchStream = Pin<Box<dyn Stream<Item = Result<pb::WatchResponse, Status>> + Send>>;
 type ChatStream = Pin<Box<dyn Stream<Item = Result<pb::ChatResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
@@ -180,6 +181,68 @@ impl pb::chat_memory_server::ChatMemory for Service {
                 .map(|(sequence, message)| wire::render_message(*sequence, message))
                 .collect(),
         }))
+    }
+
+    type WatchStream = WatchStream;
+
+    async fn watch(
+        &self,
+        _request: Request<pb::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Error::NotImplemented {
+            field: "watch".to_owned(),
+        }
+        .into())
+    }
+
+    async fn get_session(
+        &self,
+        _request: Request<pb::GetSessionRequest>,
+    ) -> Result<Response<pb::GetSessionResponse>, Status> {
+        Err(Error::NotImplemented {
+            field: "get_session".to_owned(),
+        }
+        .into())
+    }
+
+    async fn update_session(
+        &self,
+        _request: Request<pb::UpdateSessionRequest>,
+    ) -> Result<Response<pb::UpdateSessionResponse>, Status> {
+        Err(Error::NotImplemented {
+            field: "update_session".to_owned(),
+        }
+        .into())
+    }
+
+    async fn list_sessions(
+        &self,
+        _request: Request<pb::ListSessionsRequest>,
+    ) -> Result<Response<pb::ListSessionsResponse>, Status> {
+        Err(Error::NotImplemented {
+            field: "list_sessions".to_owned(),
+        }
+        .into())
+    }
+
+    async fn rewind(
+        &self,
+        _request: Request<pb::RewindRequest>,
+    ) -> Result<Response<pb::RewindResponse>, Status> {
+        Err(Error::NotImplemented {
+            field: "rewind".to_owned(),
+        }
+        .into())
+    }
+
+    async fn fork(
+        &self,
+        _request: Request<pb::ForkRequest>,
+    ) -> Result<Response<pb::ForkResponse>, Status> {
+        Err(Error::NotImplemented {
+            field: "fork".to_owned(),
+        }
+        .into())
     }
 }
 

@@ -12,12 +12,16 @@ use crate::message::{SessionId, UnixMillis};
 
 pub mod ledger;
 pub mod redis;
+pub mod sessions;
 pub mod sqlite;
 pub mod turns;
 
+pub use bells::{Bell, Bells};
 pub use error::Error;
+pub use sessions::SessionStore;
 pub use turns::TurnStore;
 
+mod bells;
 mod error;
 
 /// A result of a store.
@@ -50,8 +54,8 @@ pub const TOMBSTONE_MS: i64 = 30 * 24 * 60 * 60 * 1000;
 ///   one append stand together, in the order given. Reads see every write that was acknowledged
 ///   before they began.
 /// - **Sequences** rise strictly along that order and are never given out twice in the life of a
-///   session, whatever is deleted and by whom. They have no gaps within what one append wrote. A
-///   session that expired starts at 1 again.
+///   session, whatever is deleted and by whom. They have no gaps within what one append wrote, and
+///   elsewhere only where elements were rewound. A session that expired starts at 1 again.
 /// - **Once.** Two appends with the same [`RequestKey`] within 24 hours store once, also when they
 ///   run at the same time, on any replica: the later one gets the first one's [`Appended`], or
 ///   [`Error::RequestReused`] if its fingerprint differs. A clear forgets them.
@@ -64,7 +68,7 @@ pub const TOMBSTONE_MS: i64 = 30 * 24 * 60 * 60 * 1000;
 /// - **Bounded.** Every call ends in bounded time, with [`Error::Unavailable`] if need be, and a
 ///   read costs what it returns, whatever the session's length.
 #[async_trait]
-pub trait Store: TurnStore {
+pub trait Store: TurnStore + SessionStore {
     /// Adds elements at the end of a session.
     async fn append(&self, session: &SessionId, append: Append) -> Result<Appended>;
 
@@ -160,7 +164,7 @@ pub struct Appended {
 }
 
 /// Counts how often a session was cleared, by us or by others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Epoch(pub i64);
 
 /// In which order to read.

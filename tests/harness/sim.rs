@@ -15,9 +15,12 @@ use chat_memory::{
     message::{Draft, Message, Role, SessionId},
     model::{self, End, FinishReason, Model, Piece, Pieces, Prompt},
     store::{
-        self, Append, Appended, Body, Element, Epoch, List, Order, Page, Read, RequestKey,
+        self, Append, Appended, Bell, Body, Element, Epoch, List, Order, Page, Read, RequestKey,
         Sequence, SessionsPage, Store,
         ledger::{self, Record, Slot, Table},
+        sessions::{
+            Fork, Forked, ListRecent, Look, RecentPage, Rewind, Rewound, Seen, SessionStore, Update,
+        },
         turns::{
             BeginTurn, Begun, Chunk, EndTurn, FollowTurn, Followed, KeepTurn, Kept, Stop,
             StoppedTurn, TakeTurn, Taken, Token, TurnId, TurnState, TurnStore,
@@ -505,6 +508,33 @@ impl TurnStore for Link {
                 .collect())
         })
         .await
+    }
+}
+
+#[async_trait]
+impl SessionStore for Link {
+    async fn look(&self, _: &SessionId, _: Look) -> store::Result<Seen> {
+        unreachable!("no turn looks at sessions")
+    }
+
+    async fn update_session(&self, _: &SessionId, _: Update) -> store::Result<Option<Seen>> {
+        unreachable!("no turn changes what is said of sessions")
+    }
+
+    async fn list_sessions(&self, _: ListRecent) -> store::Result<RecentPage> {
+        unreachable!("no turn lists sessions")
+    }
+
+    async fn rewind(&self, _: &SessionId, _: Rewind) -> store::Result<Rewound> {
+        unreachable!("no turn rewinds")
+    }
+
+    async fn fork(&self, _: &SessionId, _: Fork) -> store::Result<Forked> {
+        unreachable!("no turn forks")
+    }
+
+    fn bell(&self, _: &SessionId) -> Bell {
+        unreachable!("no turn watches")
     }
 }
 

@@ -286,6 +286,51 @@ impl ChatMemory for Scripted {
         Ok(Response::new(ClearResponse { deleted_count }))
     }
 
+    type WatchStream =
+        Pin<Box<dyn Stream<Item = Result<chat_memory::pb::WatchResponse, Status>> + Send>>;
+
+    async fn watch(
+        &self,
+        _request: Request<chat_memory::pb::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn get_session(
+        &self,
+        _request: Request<chat_memory::pb::GetSessionRequest>,
+    ) -> Result<Response<chat_memory::pb::GetSessionResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn update_session(
+        &self,
+        _request: Request<chat_memory::pb::UpdateSessionRequest>,
+    ) -> Result<Response<chat_memory::pb::UpdateSessionResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn list_sessions(
+        &self,
+        _request: Request<chat_memory::pb::ListSessionsRequest>,
+    ) -> Result<Response<chat_memory::pb::ListSessionsResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn rewind(
+        &self,
+        _request: Request<chat_memory::pb::RewindRequest>,
+    ) -> Result<Response<chat_memory::pb::RewindResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn fork(
+        &self,
+        _request: Request<chat_memory::pb::ForkRequest>,
+    ) -> Result<Response<chat_memory::pb::ForkResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
     async fn stop_chat(
         &self,
         _: Request<StopChatRequest>,

@@ -78,6 +78,30 @@ class Fake(chat_memory_pb2_grpc.ChatMemoryServicer):
         self._next(request, context)
         return pb.StopChatResponse(turn_id=request.turn_id)
 
+    def GetSession(self, request: Any, context: Any) -> pb.GetSessionResponse:  # noqa: N802
+        self._next(request, context)
+        return pb.GetSessionResponse()
+
+    def UpdateSession(self, request: Any, context: Any) -> pb.UpdateSessionResponse:  # noqa: N802
+        self._next(request, context)
+        return pb.UpdateSessionResponse()
+
+    def ListSessions(self, request: Any, context: Any) -> pb.ListSessionsResponse:  # noqa: N802
+        self._next(request, context)
+        return pb.ListSessionsResponse()
+
+    def Rewind(self, request: Any, context: Any) -> pb.RewindResponse:  # noqa: N802
+        self._next(request, context)
+        return pb.RewindResponse()
+
+    def Fork(self, request: Any, context: Any) -> pb.ForkResponse:  # noqa: N802
+        self._next(request, context)
+        return pb.ForkResponse()
+
+    def Watch(self, request: Any, context: Any) -> Iterator[pb.WatchResponse]:  # noqa: N802
+        self._next(request, context)
+        yield pb.WatchResponse(live=pb.Live(last_sequence=request.after_sequence))
+
     def Chat(self, request: Any, context: Any) -> Iterator[pb.ChatResponse]:  # noqa: N802
         self.requests.append(request)
         if self.wait_for_cancel:

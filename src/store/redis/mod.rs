@@ -17,6 +17,7 @@ use tokio::sync::watch;
 
 use self::connection::{Connection, Failure, Target, explain};
 use self::layout::{Keys, Scripts, pattern};
+use super::sessions::Upkeep;
 use super::{
     Append, Appended, Body, Cursor, ELEMENT_BYTES_MAX, Element, Epoch, Error, List, Order, Page,
     Read, RequestKey, Result, Sequence, SessionsPage, Store,
@@ -27,6 +28,7 @@ use crate::secret::Secret;
 mod connection;
 pub mod inspect;
 mod layout;
+mod sessions;
 mod turns;
 
 /// LangChain's prefix of keys.
@@ -51,6 +53,8 @@ pub struct Settings {
     pub timeout_ms: u64,
     /// Certificates (PEM) to trust besides the system's, for `rediss://`.
     pub ca_file: Option<PathBuf>,
+    /// What the store does by itself with sessions.
+    pub upkeep: Upkeep,
 }
 
 impl Settings {
@@ -61,6 +65,7 @@ impl Settings {
             key_prefix: KEY_PREFIX_DEFAULT.to_owned(),
             timeout_ms: TIMEOUT_MS_DEFAULT,
             ca_file: None,
+            upkeep: Upkeep::default(),
         }
     }
 

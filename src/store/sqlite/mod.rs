@@ -17,6 +17,7 @@ use rusqlite::Connection;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
+use super::sessions::Upkeep;
 use super::{
     Append, Appended, Cursor, Error, List, Page, Read, RequestKey, Result, SessionsPage, Store,
 };
@@ -27,6 +28,7 @@ use writer::{Claim, Job, Task, Work, Writer};
 pub use open::OpenError;
 
 mod open;
+mod sessions;
 mod tables;
 mod turns;
 mod writer;
@@ -53,6 +55,8 @@ pub struct Options {
     /// How large the file may grow, the log beside it (some MiB) not counted; as far as the disk
     /// goes if `None`.
     pub size_bytes_max: Option<u64>,
+    /// What the store does by itself with sessions.
+    pub upkeep: Upkeep,
 }
 
 impl Default for Options {
@@ -61,6 +65,7 @@ impl Default for Options {
             clock: Arc::new(now_ms),
             call_time_max: Duration::from_secs(10),
             size_bytes_max: None,
+            upkeep: Upkeep::default(),
         }
     }
 }

@@ -9,12 +9,14 @@ Errors. Every error carries `google.rpc` details: an `ErrorInfo` with domain
 fault, a `RetryInfo` where a retry helps. The reasons:
 
   INVALID_ARGUMENT     INVALID_FIELD, REQUEST_ID_REUSED, UNKNOWN_MODEL, MALFORMED_REQUEST
-  NOT_FOUND            TURN_NOT_FOUND
+  NOT_FOUND            TURN_NOT_FOUND, SESSION_NOT_FOUND
+  ALREADY_EXISTS       SESSION_EXISTS
   ABORTED              SEQUENCE_MISMATCH, TURN_IN_PROGRESS, TURN_STOPPED, SESSION_CLEARED
   FAILED_PRECONDITION  WRONG_KEY_TYPE, CORRUPT_STORE, MODEL_REJECTED, MODEL_UNAUTHORIZED
   RESOURCE_EXHAUSTED   REQUEST_TOO_LARGE, ANSWER_TOO_LARGE, HISTORY_TOO_LARGE,
                        TOO_MANY_REQUESTS, TOO_MANY_TURNS, TOO_MANY_WAITING,
-                       MODEL_RATE_LIMITED, STORE_FULL
+                       MODEL_RATE_LIMITED, STORE_FULL, TOO_MANY_WATCHERS,
+                       WATCHER_TOO_SLOW, TOO_MANY_REWINDS
   UNAVAILABLE          STORE_UNAVAILABLE (nothing was written), OUTCOME_UNKNOWN (a write may
                        have been stored), MODEL_UNAVAILABLE, MODEL_STREAM_BROKEN, SHUTTING_DOWN,
                        TURN_MOVED, TURN_ABANDONED (its servers died, three times)
@@ -25,6 +27,8 @@ fault, a `RetryInfo` where a retry helps. The reasons:
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -226,6 +230,34 @@ ON_DISCONNECT_STOP: OnDisconnect.ValueType  # 2
 StopChat stops it.
 """
 Global___OnDisconnect: _TypeAlias = OnDisconnect  # noqa: Y015
+
+class _TurnState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TurnStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TurnState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TURN_STATE_UNSPECIFIED: _TurnState.ValueType  # 0
+    """Not set."""
+    TURN_STATE_RUNNING: _TurnState.ValueType  # 1
+    """It runs, or its server has died and the next one has not taken it yet."""
+    TURN_STATE_COMPLETED: _TurnState.ValueType  # 2
+    """It is stored."""
+    TURN_STATE_FAILED: _TurnState.ValueType  # 3
+    """It has failed, or was stopped and dropped: nothing of it is in the history."""
+
+class TurnState(_TurnState, metaclass=_TurnStateEnumTypeWrapper):
+    """How it stands with a turn."""
+
+TURN_STATE_UNSPECIFIED: TurnState.ValueType  # 0
+"""Not set."""
+TURN_STATE_RUNNING: TurnState.ValueType  # 1
+"""It runs, or its server has died and the next one has not taken it yet."""
+TURN_STATE_COMPLETED: TurnState.ValueType  # 2
+"""It is stored."""
+TURN_STATE_FAILED: TurnState.ValueType  # 3
+"""It has failed, or was stopped and dropped: nothing of it is in the history."""
+Global___TurnState: _TypeAlias = TurnState  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):
@@ -1145,3 +1177,676 @@ class StopChatResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StopChatResponse: _TypeAlias = StopChatResponse  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    """The request of `Watch`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    INCLUDE_RAW_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Required. As in `AppendRequest`."""
+    after_sequence: _builtins.int
+    """Optional. Only messages with a greater sequence; 0 for all. One above the session's last
+    sequence counts as the last. 0 or more.
+    """
+    include_raw: _builtins.bool
+    """Optional. Also give each message's stored bytes."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+        include_raw: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "include_raw", b"include_raw", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class WatchResponse(_message.Message):
+    """One event of a watched session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    LIVE_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    REWOUND_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def message(self) -> Global___Message:
+        """A message."""
+
+    @_builtins.property
+    def live(self) -> Global___Live:
+        """All that was there has been given; what comes now is new. Comes once."""
+
+    @_builtins.property
+    def turn(self) -> Global___Turn:
+        """A turn has begun, was begun anew, or has ended. Turns that come and go within a moment may be
+        told of by their end only, or, where several do, by the last of them.
+        """
+
+    @_builtins.property
+    def rewound(self) -> Global___Rewound:
+        """Messages were deleted by `Rewind`."""
+
+    @_builtins.property
+    def cleared(self) -> Global___Cleared:
+        """The session was cleared, deleted by others, or has expired. Messages after this are new."""
+
+    @_builtins.property
+    def skipped(self) -> Global___Skipped:
+        """Messages that were not given yet are gone: trimmed, since a session keeps only so many."""
+
+    def __init__(
+        self,
+        *,
+        message: Global___Message | None = ...,
+        live: Global___Live | None = ...,
+        turn: Global___Turn | None = ...,
+        rewound: Global___Rewound | None = ...,
+        cleared: Global___Cleared | None = ...,
+        skipped: Global___Skipped | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "event", b"event", "live", b"live", "message", b"message", "rewound", b"rewound", "skipped", b"skipped", "turn", b"turn"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "event", b"event", "live", b"live", "message", b"message", "rewound", b"rewound", "skipped", b"skipped", "turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["message", "live", "turn", "rewound", "cleared", "skipped"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class Live(_message.Message):
+    """The watcher has all messages that were there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    last_sequence: _builtins.int
+    """The session's last sequence then; 0 if none was given out yet."""
+    def __init__(
+        self,
+        *,
+        last_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_sequence", b"last_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Live: _TypeAlias = Live  # noqa: Y015
+
+@_typing.final
+class Rewound(_message.Message):
+    """Messages were deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    last_sequence: _builtins.int
+    """The greatest sequence that is left of those given; 0 if none is."""
+    def __init__(
+        self,
+        *,
+        last_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_sequence", b"last_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rewound: _TypeAlias = Rewound  # noqa: Y015
+
+@_typing.final
+class Cleared(_message.Message):
+    """A session was cleared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cleared: _TypeAlias = Cleared  # noqa: Y015
+
+@_typing.final
+class Skipped(_message.Message):
+    """Messages were trimmed before they could be given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    first_sequence: _builtins.int
+    """The first sequence that is left."""
+    def __init__(
+        self,
+        *,
+        first_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_sequence", b"first_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Skipped: _TypeAlias = Skipped  # noqa: Y015
+
+@_typing.final
+class Turn(_message.Message):
+    """A turn of a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    QUESTION_FIELD_NUMBER: _builtins.int
+    PARTIAL_ANSWER_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.str
+    """Its id."""
+    state: Global___TurnState.ValueType
+    """How it stands."""
+    attempt: _builtins.int
+    """Which attempt it is in, or ended in; from 1 on."""
+    reason: _builtins.str
+    """Of a failed turn, why: the reason of the error, such as "MODEL_UNAVAILABLE"."""
+    error: _builtins.str
+    """Of a failed turn, why, for people."""
+    first_sequence: _builtins.int
+    """Of a completed turn, the sequence of its first message, while the session has it."""
+    @_builtins.property
+    def question(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """Of a failed or running turn, what was asked. In the answer of `GetSession` only."""
+
+    @_builtins.property
+    def partial_answer(self) -> Global___Message:
+        """Of a failed turn, what had been said when it failed: text, reasoning and the like. In the
+        answer of `GetSession` only.
+        """
+
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.str = ...,
+        state: Global___TurnState.ValueType = ...,
+        attempt: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        error: _builtins.str = ...,
+        first_sequence: _builtins.int = ...,
+        question: _abc.Iterable[Global___Message] | None = ...,
+        partial_answer: Global___Message | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["partial_answer", b"partial_answer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "first_sequence", b"first_sequence", "partial_answer", b"partial_answer", "question", b"question", "reason", b"reason", "state", b"state", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Turn: _TypeAlias = Turn  # noqa: Y015
+
+@_typing.final
+class Session(_message.Message):
+    """A session, its messages aside."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    MESSAGE_COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    FIRST_MESSAGE_TIME_FIELD_NUMBER: _builtins.int
+    LAST_MESSAGE_TIME_FIELD_NUMBER: _builtins.int
+    ACTIVE_TIME_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Its id. Required in requests."""
+    title: _builtins.str
+    """Its title: at most 512 bytes of UTF-8 without control characters. Empty if it has none."""
+    message_count: _builtins.int
+    """Output only. How many messages it has."""
+    first_sequence: _builtins.int
+    """Output only. The sequence of its oldest message; 0 if it has none."""
+    last_sequence: _builtins.int
+    """Output only. The last sequence given out."""
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Facts by which it can be found: at most 16 pairs; keys of 1 to 64 bytes and values of at most
+        512 bytes, both UTF-8 without control characters.
+        """
+
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long the session lives after it was last written to: 1 second to 10 years; 0 seconds means
+        for ever. Not set: as the server's `--session-ttl` says, or as others have set it.
+        """
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When it will be gone unless something is written to it. Not set if it lives for
+        ever.
+        """
+
+    @_builtins.property
+    def first_message_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When its oldest message was stored. In the answer of `GetSession` only; not set
+        where another program stored it.
+        """
+
+    @_builtins.property
+    def last_message_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only. The same of its newest message."""
+
+    @_builtins.property
+    def active_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When it was last written to, as far as the server has seen."""
+
+    @_builtins.property
+    def turn(self) -> Global___Turn:
+        """Output only. The turn that runs, or else the last one that is remembered."""
+
+    @_builtins.property
+    def origin(self) -> Global___Origin:
+        """Output only. Where it was copied from, if it is a fork."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        message_count: _builtins.int = ...,
+        first_sequence: _builtins.int = ...,
+        last_sequence: _builtins.int = ...,
+        first_message_time: _timestamp_pb2.Timestamp | None = ...,
+        last_message_time: _timestamp_pb2.Timestamp | None = ...,
+        active_time: _timestamp_pb2.Timestamp | None = ...,
+        turn: Global___Turn | None = ...,
+        origin: Global___Origin | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active_time", b"active_time", "expire_time", b"expire_time", "first_message_time", b"first_message_time", "last_message_time", b"last_message_time", "origin", b"origin", "ttl", b"ttl", "turn", b"turn"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_time", b"active_time", "expire_time", b"expire_time", "first_message_time", b"first_message_time", "first_sequence", b"first_sequence", "last_message_time", b"last_message_time", "last_sequence", b"last_sequence", "message_count", b"message_count", "metadata", b"metadata", "origin", b"origin", "session_id", b"session_id", "title", b"title", "ttl", b"ttl", "turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class Origin(_message.Message):
+    """Where a session was copied from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """The session."""
+    sequence: _builtins.int
+    """The sequence there of the last message copied."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Origin: _TypeAlias = Origin  # noqa: Y015
+
+@_typing.final
+class GetSessionRequest(_message.Message):
+    """The request of `GetSession`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Required. As in `AppendRequest`."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSessionRequest: _TypeAlias = GetSessionRequest  # noqa: Y015
+
+@_typing.final
+class GetSessionResponse(_message.Message):
+    """The answer of `GetSession`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """The session."""
+
+    def __init__(
+        self,
+        *,
+        session: Global___Session | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSessionResponse: _TypeAlias = GetSessionResponse  # noqa: Y015
+
+@_typing.final
+class UpdateSessionRequest(_message.Message):
+    """The request of `UpdateSession`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """Required. The session, with what is to change."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields to change: of "title", "metadata", "ttl"; all pairs of the metadata are replaced.
+        Those fields that are set if not given. Others are refused.
+        """
+
+    def __init__(
+        self,
+        *,
+        session: Global___Session | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateSessionRequest: _TypeAlias = UpdateSessionRequest  # noqa: Y015
+
+@_typing.final
+class UpdateSessionResponse(_message.Message):
+    """The answer of `UpdateSession`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """The session as it is now."""
+
+    def __init__(
+        self,
+        *,
+        session: Global___Session | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateSessionResponse: _TypeAlias = UpdateSessionResponse  # noqa: Y015
+
+@_typing.final
+class ListSessionsRequest(_message.Message):
+    """The request of `ListSessions`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ID_PREFIX_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Optional. The most sessions to return: 1 to 1,000. 0 means 50."""
+    page_token: _builtins.str
+    """Optional. The `next_page_token` of the page before. The other fields but `page_size` must be as
+    they were then.
+    """
+    id_prefix: _builtins.str
+    """Optional. Only sessions whose ids begin with this text. At most 512 bytes."""
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Optional. Only sessions whose metadata have all these pairs. At most 16."""
+
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        id_prefix: _builtins.str = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id_prefix", b"id_prefix", "metadata", b"metadata", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSessionsRequest: _TypeAlias = ListSessionsRequest  # noqa: Y015
+
+@_typing.final
+class ListSessionsResponse(_message.Message):
+    """The answer of `ListSessions`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the next page. Empty if this was the last."""
+    @_builtins.property
+    def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]:
+        """The sessions."""
+
+    def __init__(
+        self,
+        *,
+        sessions: _abc.Iterable[Global___Session] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "sessions", b"sessions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSessionsResponse: _TypeAlias = ListSessionsResponse  # noqa: Y015
+
+@_typing.final
+class RewindRequest(_message.Message):
+    """The request of `Rewind`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STOP_TURN_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Required. As in `AppendRequest`."""
+    after_sequence: _builtins.int
+    """Required. Messages with a greater sequence are deleted; 0 for all. 0 or more."""
+    request_id: _builtins.str
+    """Optional. Makes the call safe to repeat, as in `AppendRequest`: without it, a repeated call
+    also deletes what was stored after the first.
+    """
+    stop_turn: _builtins.bool
+    """Optional. Stop a turn that runs, and drop its answer."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        after_sequence: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
+        stop_turn: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "request_id", b"request_id", "session_id", b"session_id", "stop_turn", b"stop_turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
+    _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_sequence) -> _WhichOneofReturnType__after_sequence | None: ...
+
+Global___RewindRequest: _TypeAlias = RewindRequest  # noqa: Y015
+
+@_typing.final
+class RewindResponse(_message.Message):
+    """The answer of `Rewind`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_COUNT_FIELD_NUMBER: _builtins.int
+    deleted_count: _builtins.int
+    """How many messages were deleted."""
+    def __init__(
+        self,
+        *,
+        deleted_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_count", b"deleted_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RewindResponse: _TypeAlias = RewindResponse  # noqa: Y015
+
+@_typing.final
+class ForkRequest(_message.Message):
+    """The request of `Fork`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    NEW_SESSION_ID_FIELD_NUMBER: _builtins.int
+    THROUGH_SEQUENCE_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Required. The session to copy: as in `AppendRequest`."""
+    new_session_id: _builtins.str
+    """Required. The new session, under the same rules."""
+    through_sequence: _builtins.int
+    """Optional. Only messages up to this sequence; all if not set. 1 or more."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        new_session_id: _builtins.str = ...,
+        through_sequence: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_through_sequence", b"_through_sequence", "through_sequence", b"through_sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_through_sequence", b"_through_sequence", "new_session_id", b"new_session_id", "session_id", b"session_id", "through_sequence", b"through_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__through_sequence: _TypeAlias = _typing.Literal["through_sequence"]  # noqa: Y015
+    _WhichOneofArgType__through_sequence: _TypeAlias = _typing.Literal["_through_sequence", b"_through_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__through_sequence) -> _WhichOneofReturnType__through_sequence | None: ...
+
+Global___ForkRequest: _TypeAlias = ForkRequest  # noqa: Y015
+
+@_typing.final
+class ForkResponse(_message.Message):
+    """The answer of `Fork`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """The new session."""
+
+    def __init__(
+        self,
+        *,
+        session: Global___Session | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkResponse: _TypeAlias = ForkResponse  # noqa: Y015

@@ -63,6 +63,36 @@ class ChatMemoryStub(object):
                 request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.StopChatRequest.SerializeToString,
                 response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.StopChatResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/chatmemory.v1.ChatMemory/Watch',
+                request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.WatchRequest.SerializeToString,
+                response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.WatchResponse.FromString,
+                _registered_method=True)
+        self.GetSession = channel.unary_unary(
+                '/chatmemory.v1.ChatMemory/GetSession',
+                request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.GetSessionRequest.SerializeToString,
+                response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.GetSessionResponse.FromString,
+                _registered_method=True)
+        self.UpdateSession = channel.unary_unary(
+                '/chatmemory.v1.ChatMemory/UpdateSession',
+                request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.UpdateSessionRequest.SerializeToString,
+                response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.UpdateSessionResponse.FromString,
+                _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/chatmemory.v1.ChatMemory/ListSessions',
+                request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.Rewind = channel.unary_unary(
+                '/chatmemory.v1.ChatMemory/Rewind',
+                request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.RewindRequest.SerializeToString,
+                response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.RewindResponse.FromString,
+                _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/chatmemory.v1.ChatMemory/Fork',
+                request_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.ForkRequest.SerializeToString,
+                response_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.ForkResponse.FromString,
+                _registered_method=True)
 
 
 class ChatMemoryServicer(object):
@@ -141,6 +171,73 @@ class ChatMemoryServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """Streams a session's messages, whoever writes them: first those that are there, from
+        `after_sequence` on, then a `live` notice, then each further one as it arrives. Every message
+        comes exactly once, in order. Between them come notices of turns, rewinds and clears.
+
+        A session without messages can be watched: it is empty. The stream goes on until the caller
+        ends it or the server shuts down (UNAVAILABLE, SHUTTING_DOWN); while the store is away it waits.
+        A caller that has taken nothing for a minute although there is something is sent away with
+        RESOURCE_EXHAUSTED, WATCHER_TOO_SLOW. In each of these cases, go on with a new call, from the
+        sequence of the last message received.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSession(self, request, context):
+        """Returns what there is to know of a session, its messages aside. NOT_FOUND, SESSION_NOT_FOUND if
+        it has neither messages nor turns.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateSession(self, request, context):
+        """Changes a session's title, metadata or time to live. NOT_FOUND, SESSION_NOT_FOUND if it has no
+        messages. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSessions(self, request, context):
+        """Lists sessions that have messages, the one with the newest activity first.
+
+        A session that nobody writes to during the walk over all pages comes exactly once; one that is
+        written to comes at most once. Sessions that other programs have made turn up within a minute
+        (more, in a store of over a million keys), and so do their writes; those that have expired or
+        were deleted are left out. A page can be short, or empty, although there is a next one: where
+        few sessions match, one call looks at a bounded number of others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rewind(self, request, context):
+        """Deletes the messages after a sequence, so that the conversation can go another way from there.
+        Their sequences are not given again. The turns that stored them are forgotten.
+
+        ABORTED, TURN_IN_PROGRESS while a turn runs on the session, unless `stop_turn` is set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fork(self, request, context):
+        """Copies a session, or its beginning, into a new one, which nobody sees before it is whole. The
+        messages keep their order, ids, times and contents, and get sequences from 1 on; title and
+        metadata come along, turns and the time to live do not.
+
+        ALREADY_EXISTS, SESSION_EXISTS if the new session has messages, unless it was made by the same
+        call before: safe to repeat. ABORTED, SESSION_CLEARED if the session was cleared or rewound
+        meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChatMemoryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -168,6 +265,36 @@ def add_ChatMemoryServicer_to_server(servicer, server):
                     servicer.StopChat,
                     request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.StopChatRequest.FromString,
                     response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.StopChatResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.WatchRequest.FromString,
+                    response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.WatchResponse.SerializeToString,
+            ),
+            'GetSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSession,
+                    request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.GetSessionRequest.FromString,
+                    response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.GetSessionResponse.SerializeToString,
+            ),
+            'UpdateSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateSession,
+                    request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.UpdateSessionRequest.FromString,
+                    response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.UpdateSessionResponse.SerializeToString,
+            ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.ListSessionsRequest.FromString,
+                    response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'Rewind': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rewind,
+                    request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.RewindRequest.FromString,
+                    response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.RewindResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=chatmemory_dot_v1_dot_chat__memory__pb2.ForkRequest.FromString,
+                    response_serializer=chatmemory_dot_v1_dot_chat__memory__pb2.ForkResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -309,6 +436,168 @@ class ChatMemory(object):
             '/chatmemory.v1.ChatMemory/StopChat',
             chatmemory_dot_v1_dot_chat__memory__pb2.StopChatRequest.SerializeToString,
             chatmemory_dot_v1_dot_chat__memory__pb2.StopChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/chatmemory.v1.ChatMemory/Watch',
+            chatmemory_dot_v1_dot_chat__memory__pb2.WatchRequest.SerializeToString,
+            chatmemory_dot_v1_dot_chat__memory__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chatmemory.v1.ChatMemory/GetSession',
+            chatmemory_dot_v1_dot_chat__memory__pb2.GetSessionRequest.SerializeToString,
+            chatmemory_dot_v1_dot_chat__memory__pb2.GetSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chatmemory.v1.ChatMemory/UpdateSession',
+            chatmemory_dot_v1_dot_chat__memory__pb2.UpdateSessionRequest.SerializeToString,
+            chatmemory_dot_v1_dot_chat__memory__pb2.UpdateSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chatmemory.v1.ChatMemory/ListSessions',
+            chatmemory_dot_v1_dot_chat__memory__pb2.ListSessionsRequest.SerializeToString,
+            chatmemory_dot_v1_dot_chat__memory__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rewind(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chatmemory.v1.ChatMemory/Rewind',
+            chatmemory_dot_v1_dot_chat__memory__pb2.RewindRequest.SerializeToString,
+            chatmemory_dot_v1_dot_chat__memory__pb2.RewindResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chatmemory.v1.ChatMemory/Fork',
+            chatmemory_dot_v1_dot_chat__memory__pb2.ForkRequest.SerializeToString,
+            chatmemory_dot_v1_dot_chat__memory__pb2.ForkResponse.FromString,
             options,
             channel_credentials,
             insecure,

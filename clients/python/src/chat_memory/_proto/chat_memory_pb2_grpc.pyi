@@ -9,12 +9,14 @@ Errors. Every error carries `google.rpc` details: an `ErrorInfo` with domain
 fault, a `RetryInfo` where a retry helps. The reasons:
 
   INVALID_ARGUMENT     INVALID_FIELD, REQUEST_ID_REUSED, UNKNOWN_MODEL, MALFORMED_REQUEST
-  NOT_FOUND            TURN_NOT_FOUND
+  NOT_FOUND            TURN_NOT_FOUND, SESSION_NOT_FOUND
+  ALREADY_EXISTS       SESSION_EXISTS
   ABORTED              SEQUENCE_MISMATCH, TURN_IN_PROGRESS, TURN_STOPPED, SESSION_CLEARED
   FAILED_PRECONDITION  WRONG_KEY_TYPE, CORRUPT_STORE, MODEL_REJECTED, MODEL_UNAUTHORIZED
   RESOURCE_EXHAUSTED   REQUEST_TOO_LARGE, ANSWER_TOO_LARGE, HISTORY_TOO_LARGE,
                        TOO_MANY_REQUESTS, TOO_MANY_TURNS, TOO_MANY_WAITING,
-                       MODEL_RATE_LIMITED, STORE_FULL
+                       MODEL_RATE_LIMITED, STORE_FULL, TOO_MANY_WATCHERS,
+                       WATCHER_TOO_SLOW, TOO_MANY_REWINDS
   UNAVAILABLE          STORE_UNAVAILABLE (nothing was written), OUTCOME_UNKNOWN (a write may
                        have been stored), MODEL_UNAVAILABLE, MODEL_STREAM_BROKEN, SHUTTING_DOWN,
                        TURN_MOVED, TURN_ABANDONED (its servers died, three times)
@@ -106,6 +108,49 @@ class ChatMemoryStub:
 
     A turn that has ended already stays as it is: safe to repeat.
     """
+    Watch: _grpc.UnaryStreamMultiCallable[_chat_memory_pb2.WatchRequest, _chat_memory_pb2.WatchResponse]
+    """Streams a session's messages, whoever writes them: first those that are there, from
+    `after_sequence` on, then a `live` notice, then each further one as it arrives. Every message
+    comes exactly once, in order. Between them come notices of turns, rewinds and clears.
+
+    A session without messages can be watched: it is empty. The stream goes on until the caller
+    ends it or the server shuts down (UNAVAILABLE, SHUTTING_DOWN); while the store is away it waits.
+    A caller that has taken nothing for a minute although there is something is sent away with
+    RESOURCE_EXHAUSTED, WATCHER_TOO_SLOW. In each of these cases, go on with a new call, from the
+    sequence of the last message received.
+    """
+    GetSession: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.GetSessionRequest, _chat_memory_pb2.GetSessionResponse]
+    """Returns what there is to know of a session, its messages aside. NOT_FOUND, SESSION_NOT_FOUND if
+    it has neither messages nor turns.
+    """
+    UpdateSession: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.UpdateSessionRequest, _chat_memory_pb2.UpdateSessionResponse]
+    """Changes a session's title, metadata or time to live. NOT_FOUND, SESSION_NOT_FOUND if it has no
+    messages. Safe to repeat.
+    """
+    ListSessions: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.ListSessionsRequest, _chat_memory_pb2.ListSessionsResponse]
+    """Lists sessions that have messages, the one with the newest activity first.
+
+    A session that nobody writes to during the walk over all pages comes exactly once; one that is
+    written to comes at most once. Sessions that other programs have made turn up within a minute
+    (more, in a store of over a million keys), and so do their writes; those that have expired or
+    were deleted are left out. A page can be short, or empty, although there is a next one: where
+    few sessions match, one call looks at a bounded number of others.
+    """
+    Rewind: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.RewindRequest, _chat_memory_pb2.RewindResponse]
+    """Deletes the messages after a sequence, so that the conversation can go another way from there.
+    Their sequences are not given again. The turns that stored them are forgotten.
+
+    ABORTED, TURN_IN_PROGRESS while a turn runs on the session, unless `stop_turn` is set.
+    """
+    Fork: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.ForkRequest, _chat_memory_pb2.ForkResponse]
+    """Copies a session, or its beginning, into a new one, which nobody sees before it is whole. The
+    messages keep their order, ids, times and contents, and get sequences from 1 on; title and
+    metadata come along, turns and the time to live do not.
+
+    ALREADY_EXISTS, SESSION_EXISTS if the new session has messages, unless it was made by the same
+    call before: safe to repeat. ABORTED, SESSION_CLEARED if the session was cleared or rewound
+    meanwhile.
+    """
 
 @_typing.type_check_only
 class ChatMemoryAsyncStub(ChatMemoryStub):
@@ -164,6 +209,49 @@ class ChatMemoryAsyncStub(ChatMemoryStub):
     nothing is stored and they get ABORTED, TURN_STOPPED.
 
     A turn that has ended already stays as it is: safe to repeat.
+    """
+    Watch: _aio.UnaryStreamMultiCallable[_chat_memory_pb2.WatchRequest, _chat_memory_pb2.WatchResponse]  # type: ignore[assignment]
+    """Streams a session's messages, whoever writes them: first those that are there, from
+    `after_sequence` on, then a `live` notice, then each further one as it arrives. Every message
+    comes exactly once, in order. Between them come notices of turns, rewinds and clears.
+
+    A session without messages can be watched: it is empty. The stream goes on until the caller
+    ends it or the server shuts down (UNAVAILABLE, SHUTTING_DOWN); while the store is away it waits.
+    A caller that has taken nothing for a minute although there is something is sent away with
+    RESOURCE_EXHAUSTED, WATCHER_TOO_SLOW. In each of these cases, go on with a new call, from the
+    sequence of the last message received.
+    """
+    GetSession: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.GetSessionRequest, _chat_memory_pb2.GetSessionResponse]  # type: ignore[assignment]
+    """Returns what there is to know of a session, its messages aside. NOT_FOUND, SESSION_NOT_FOUND if
+    it has neither messages nor turns.
+    """
+    UpdateSession: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.UpdateSessionRequest, _chat_memory_pb2.UpdateSessionResponse]  # type: ignore[assignment]
+    """Changes a session's title, metadata or time to live. NOT_FOUND, SESSION_NOT_FOUND if it has no
+    messages. Safe to repeat.
+    """
+    ListSessions: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.ListSessionsRequest, _chat_memory_pb2.ListSessionsResponse]  # type: ignore[assignment]
+    """Lists sessions that have messages, the one with the newest activity first.
+
+    A session that nobody writes to during the walk over all pages comes exactly once; one that is
+    written to comes at most once. Sessions that other programs have made turn up within a minute
+    (more, in a store of over a million keys), and so do their writes; those that have expired or
+    were deleted are left out. A page can be short, or empty, although there is a next one: where
+    few sessions match, one call looks at a bounded number of others.
+    """
+    Rewind: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.RewindRequest, _chat_memory_pb2.RewindResponse]  # type: ignore[assignment]
+    """Deletes the messages after a sequence, so that the conversation can go another way from there.
+    Their sequences are not given again. The turns that stored them are forgotten.
+
+    ABORTED, TURN_IN_PROGRESS while a turn runs on the session, unless `stop_turn` is set.
+    """
+    Fork: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.ForkRequest, _chat_memory_pb2.ForkResponse]  # type: ignore[assignment]
+    """Copies a session, or its beginning, into a new one, which nobody sees before it is whole. The
+    messages keep their order, ids, times and contents, and get sequences from 1 on; title and
+    metadata come along, turns and the time to live do not.
+
+    ALREADY_EXISTS, SESSION_EXISTS if the new session has messages, unless it was made by the same
+    call before: safe to repeat. ABORTED, SESSION_CLEARED if the session was cleared or rewound
+    meanwhile.
     """
 
 class ChatMemoryServicer(metaclass=_abc_1.ABCMeta):
@@ -250,6 +338,85 @@ class ChatMemoryServicer(metaclass=_abc_1.ABCMeta):
         nothing is stored and they get ABORTED, TURN_STOPPED.
 
         A turn that has ended already stays as it is: safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _chat_memory_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_chat_memory_pb2.WatchResponse], _abc.AsyncIterator[_chat_memory_pb2.WatchResponse]]:
+        """Streams a session's messages, whoever writes them: first those that are there, from
+        `after_sequence` on, then a `live` notice, then each further one as it arrives. Every message
+        comes exactly once, in order. Between them come notices of turns, rewinds and clears.
+
+        A session without messages can be watched: it is empty. The stream goes on until the caller
+        ends it or the server shuts down (UNAVAILABLE, SHUTTING_DOWN); while the store is away it waits.
+        A caller that has taken nothing for a minute although there is something is sent away with
+        RESOURCE_EXHAUSTED, WATCHER_TOO_SLOW. In each of these cases, go on with a new call, from the
+        sequence of the last message received.
+        """
+
+    @_abc_1.abstractmethod
+    def GetSession(
+        self,
+        request: _chat_memory_pb2.GetSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_memory_pb2.GetSessionResponse, _abc.Awaitable[_chat_memory_pb2.GetSessionResponse]]:
+        """Returns what there is to know of a session, its messages aside. NOT_FOUND, SESSION_NOT_FOUND if
+        it has neither messages nor turns.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateSession(
+        self,
+        request: _chat_memory_pb2.UpdateSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_memory_pb2.UpdateSessionResponse, _abc.Awaitable[_chat_memory_pb2.UpdateSessionResponse]]:
+        """Changes a session's title, metadata or time to live. NOT_FOUND, SESSION_NOT_FOUND if it has no
+        messages. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSessions(
+        self,
+        request: _chat_memory_pb2.ListSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_memory_pb2.ListSessionsResponse, _abc.Awaitable[_chat_memory_pb2.ListSessionsResponse]]:
+        """Lists sessions that have messages, the one with the newest activity first.
+
+        A session that nobody writes to during the walk over all pages comes exactly once; one that is
+        written to comes at most once. Sessions that other programs have made turn up within a minute
+        (more, in a store of over a million keys), and so do their writes; those that have expired or
+        were deleted are left out. A page can be short, or empty, although there is a next one: where
+        few sessions match, one call looks at a bounded number of others.
+        """
+
+    @_abc_1.abstractmethod
+    def Rewind(
+        self,
+        request: _chat_memory_pb2.RewindRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_memory_pb2.RewindResponse, _abc.Awaitable[_chat_memory_pb2.RewindResponse]]:
+        """Deletes the messages after a sequence, so that the conversation can go another way from there.
+        Their sequences are not given again. The turns that stored them are forgotten.
+
+        ABORTED, TURN_IN_PROGRESS while a turn runs on the session, unless `stop_turn` is set.
+        """
+
+    @_abc_1.abstractmethod
+    def Fork(
+        self,
+        request: _chat_memory_pb2.ForkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_memory_pb2.ForkResponse, _abc.Awaitable[_chat_memory_pb2.ForkResponse]]:
+        """Copies a session, or its beginning, into a new one, which nobody sees before it is whole. The
+        messages keep their order, ids, times and contents, and get sequences from 1 on; title and
+        metadata come along, turns and the time to live do not.
+
+        ALREADY_EXISTS, SESSION_EXISTS if the new session has messages, unless it was made by the same
+        call before: safe to repeat. ABORTED, SESSION_CLEARED if the session was cleared or rewound
+        meanwhile.
         """
 
 def add_ChatMemoryServicer_to_server(servicer: ChatMemoryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
