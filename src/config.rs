@@ -20,7 +20,7 @@ use crate::{
         retry,
     },
     secret::Secret,
-    store::redis,
+    store::{redis, sessions::Upkeep},
     telemetry::{self, LogFormat},
 };
 
@@ -206,6 +206,32 @@ pub struct Serve {
     #[command(flatten)]
     store: StoreArgs,
 
+    /// How long a session lives after its last write, with all that is kept beside it: seconds, or
+    /// with a unit such as `12h` or `30d` (1 second to 10 years). UpdateSession can say otherwise for
+    /// one session. Without it, the server sets no expiry, and one that others set stands
+    #[arg(long, env = "CHAT_MEMORY_SESSION_TTL", value_name = "TIME")]
+    #[arg(help_heading = "Sessions")]
+    session_ttl: Option<Given<Period>>,
+
+    /// Let reading a session prolong its life as writing does
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_SESSION_TTL_ON_READ",
+        value_name = "BOOL",
+        default_value = "false",
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
+    #[arg(value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Sessions")]
+    #[arg(action = clap::ArgAction::Set)]
+    session_ttl_on_read: bool,
+
+    /// Messages that a session keeps (2 to 100000000): a write that makes more removes the oldest,
+    /// whole exchanges only. Without it, all are kept
+    #[arg(long, env = "CHAT_MEMORY_MAX_MESSAGES_PER_SESSION", value_name = "N")]
+    #[arg(help_heading = "Sessions")]
+    max_messages_per_session: Option<Given<usize>>,
+
     /// The model that answers, by its provider's name, such as `gpt-5-mini`, `claude-sonnet-4-5`,
     /// `gemini-2.5-flash`, or `PROVIDER::NAME`. Its key comes from the provider's usual variable.
     /// Without it the server has no model and repeats what it is told
@@ -338,6 +364,16 @@ pub struct Serve {
     )]
     #[arg(help_heading = "Limits")]
     max_requests: Given<usize>,
+
+    /// Watchers of sessions at once (1 to 1000000); more are refused with RESOURCE_EXHAUSTED
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MAX_WATCHERS",
+        value_name = "N",
+        default_value = "20000"
+    )]
+    #[arg(help_heading = "Limits")]
+    max_watchers: Given<usize>,
 
     /// Calls that one connection may have open at once (1 to 1000000); more wait in the client
     #[arg(
@@ -525,6 +561,7 @@ pub struct Config {
     pub listen: Vec<Listen>,
     pub unix_mode: u32,
     pub store: StoreConfig,
+    pub upkeep: Upkeep,
     pub key_prefix: String,
     pub model: ModelConfig,
     pub history_messages: usize,
@@ -534,6 +571,7 @@ pub struct Config {
     pub adopt_turns: bool,
     pub turns_max: usize,
     pub requests_max: usize,
+    pub watchers_max: usize,
     pub streams_max: u32,
     pub keepalive: Duration,
     pub drain_limit: Duration,
@@ -603,6 +641,7 @@ impl Serve {
             listen,
             unix_mode: unix_mode.0,
             store,
+            upkeep: self.check_upkeep(&mut problems),
             key_prefix: self.store.redis.key_prefix.clone(),
             model,
             history_messages: problems.take(
@@ -622,6 +661,7 @@ impl Serve {
             adopt_turns: self.adopt_turns,
             turns_max: problems.take("--max-turns", &self.max_turns, 1..=1_000_000),
             requests_max: problems.take("--max-requests", &self.max_requests, 1..=1_000_000),
+            watchers_max: problems.take("--max-watchers", &self.max_watchers, 1..=1_000_000),
             streams_max: problems.take("--max-streams", &self.max_streams, 1..=1_000_000),
             keepalive: seconds(problems.take(
                 "--keepalive-seconds",
@@ -636,6 +676,22 @@ impl Serve {
             Ok(config)
         } else {
             Err(problems)
+        }
+    }
+
+    fn check_upkeep(&self, problems: &mut Problems) -> Upkeep {
+        let periods =
+            Period(Duration::from_secs(1))..=Period(Duration::from_secs(3650 * 24 * 3600));
+        let ttl = self.session_ttl.as_ref();
+        let ttl = ttl.map(|ttl| problems.take("--session-ttl", ttl, periods));
+        let elements_max = self
+            .max_messages_per_session
+            .as_ref()
+            .map(|max| problems.take("--max-messages-per-session", max, 2..=100_000_000));
+        Upkeep {
+            ttl_ms: ttl.map(|ttl| i64::try_from(ttl.0.as_millis()).unwrap_or(i64::MAX)),
+            reads_extend: self.session_ttl_on_read,
+            elements_max,
         }
     }
 

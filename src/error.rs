@@ -49,6 +49,24 @@ pub enum Error {
     #[error("the session has no turn {turn_id:?}")]
     TurnNotFound { turn_id: String },
 
+    #[error("there is no session {session_id:?}")]
+    SessionNotFound { session_id: String },
+
+    #[error("the session {session_id:?} has messages or a running turn already")]
+    SessionExists { session_id: String },
+
+    #[error("the session was rewound after {limit} of its messages already")]
+    TooManyRewinds { limit: usize },
+
+    #[error("the server has {limit} watchers already")]
+    TooManyWatchers { limit: usize },
+
+    #[error(
+        "the watcher took nothing for {} seconds; go on after the last message received",
+        .limit.as_secs()
+    )]
+    WatcherTooSlow { limit: Duration },
+
     /// It was asked to stop, and nothing of it is stored.
     #[error("the turn was stopped before there was an answer, or its answer was discarded")]
     TurnStopped,
@@ -217,6 +235,17 @@ impl Error {
             Self::TurnNotFound { turn_id } => {
                 Verdict::new(NotFound, "TURN_NOT_FOUND").with("turn_id", turn_id)
             }
+            Self::SessionNotFound { session_id } => {
+                Verdict::new(NotFound, "SESSION_NOT_FOUND").with("session_id", session_id)
+            }
+            Self::SessionExists { session_id } => {
+                Verdict::new(AlreadyExists, "SESSION_EXISTS").with("session_id", session_id)
+            }
+            Self::TooManyRewinds { .. } => Verdict::new(ResourceExhausted, "TOO_MANY_REWINDS"),
+            Self::TooManyWatchers { .. } => {
+                Verdict::new(ResourceExhausted, "TOO_MANY_WATCHERS").retry(RETRY_DELAY)
+            }
+            Self::WatcherTooSlow { .. } => Verdict::new(ResourceExhausted, "WATCHER_TOO_SLOW"),
             Self::TurnStopped => Verdict::new(Aborted, "TURN_STOPPED"),
             Self::TurnAbandoned => Verdict::new(Unavailable, "TURN_ABANDONED").retry(RETRY_DELAY),
             Self::LineFull => {

@@ -13,10 +13,12 @@ pub mod moving;
 pub mod secret;
 pub mod server;
 pub mod service;
+pub mod sessions;
 pub mod start;
 pub mod store;
 pub mod telemetry;
 pub mod turn;
+pub mod watch;
 pub mod window;
 pub mod wire;
 

@@ -117,6 +117,8 @@ pub struct Parts {
     pub turns: Turns,
     /// Unary calls at once, at most.
     pub requests_max: usize,
+    /// Watchers at once, at most.
+    pub watchers_max: usize,
     /// Calls at once on one connection, at most.
     pub streams_max: u32,
     /// Silence after which a connection is probed.
@@ -134,6 +136,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
         Arc::clone(&parts.store),
         parts.turns.clone(),
         parts.requests_max,
+        parts.watchers_max,
     );
     let (reporter, health) = tonic_health::server::health_reporter();
     report(&reporter, &*parts.store).await;
@@ -207,6 +210,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
             .await;
     }
     stop_accepting.cancel();
+    service.end_watchers();
     let limit = Instant::now() + parts.drain_limit;
     let finished = async {
         parts.turns.finish().await;

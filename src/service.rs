@@ -1,14 +1,23 @@
 //! The gRPC methods: each parses, calls, renders. Decides nothing itself.
 
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use futures_util::{Stream, stream};
 use prost::Message as _;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, timeout_at},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::{Instant, timeout, timeout_at},
 };
-use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 use ulid::Ulid;
 
@@ -21,9 +30,11 @@ use crate::{
     },
     model::Prompt,
     pb,
+    sessions::Sessions,
     store::{self, Append, RequestKey, Store, turns::Stop},
     turn::{Ask, Call, Event, Follower, OnConflict, Turns},
-    wire::{self, Refusal},
+    watch::Watch,
+    wire::{self, Refusal, sessions},
 };
 
 /// The service `chatmemory.v1.ChatMemory`.
@@ -31,8 +42,10 @@ use crate::{
 pub struct Service {
     store: Arc<dyn Store>,
     turns: Turns,
+    sessions: Sessions,
     requests: Arc<Semaphore>,
     requests_max: usize,
+    watchers: Watchers,
     /// Has a token for each call that is under way, streams included.
     calls: TaskTracker,
 }
@@ -44,13 +57,25 @@ struct Entry {
 }
 
 impl Service {
-    /// Serves at most `requests_max` unary calls at once; `turns` has its own limit.
-    pub fn new(store: Arc<dyn Store>, turns: Turns, requests_max: usize) -> Self {
+    /// Serves at most `requests_max` unary calls and `watchers_max` watchers at once; `turns` has its
+    /// own limit.
+    pub fn new(
+        store: Arc<dyn Store>,
+        turns: Turns,
+        requests_max: usize,
+        watchers_max: usize,
+    ) -> Self {
         Self {
+            sessions: Sessions::new(Arc::clone(&store), turns.clone()),
             store,
             turns,
             requests: Arc::new(Semaphore::new(requests_max)),
             requests_max,
+            watchers: Watchers {
+                permits: Arc::new(Semaphore::new(watchers_max)),
+                max: watchers_max,
+                closing: CancellationToken::new(),
+            },
             calls: TaskTracker::new(),
         }
     }
@@ -59,6 +84,11 @@ impl Service {
     pub async fn idle(&self) {
         self.calls.close();
         self.calls.wait().await;
+    }
+
+    /// Sends all watchers away: they do not end by themselves.
+    pub fn end_watchers(&self) {
+        self.watchers.closing.cancel();
     }
 
     fn enter(&self) -> Result<Entry, Error> {
@@ -72,6 +102,9 @@ impl Service {
         })
     }
 }
+
+/// How long a watcher's caller may take nothing although there is something.
+const WATCHER_PATIENCE: Duration = Duration::from_secs(60);
 
 type WatchStream = Pin<Box<dyn Stream<Item = Result<pb::WatchResponse, Status>> + Send>>;
 type ChatStream = Pin<Box<dyn Stream<Item = Result<pb::ChatResponse, Status>> + Send>>;
@@ -187,62 +220,170 @@ impl pb::chat_memory_server::ChatMemory for Service {
 
     async fn watch(
         &self,
-        _request: Request<pb::WatchRequest>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
-        Err(Error::NotImplemented {
-            field: "watch".to_owned(),
-        }
-        .into())
+        request: Request<pb::WatchRequest>,
+    ) -> Result<Response<WatchStream>, Status> {
+        let deadline = deadline(request.metadata());
+        let (session, after, include_raw) =
+            sessions::parse_watch(request.into_inner()).map_err(Error::from)?;
+        let watcher = Watcher {
+            _permit: self.watchers.enter()?,
+            _call: self.calls.token(),
+            watch: Watch::new(Arc::clone(&self.store), session, after),
+            include_raw,
+        };
+        let ended = self.watchers.closing.clone();
+        Ok(Response::new(Box::pin(watcher.stream(deadline, ended))))
     }
 
     async fn get_session(
         &self,
-        _request: Request<pb::GetSessionRequest>,
+        request: Request<pb::GetSessionRequest>,
     ) -> Result<Response<pb::GetSessionResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "get_session".to_owned(),
-        }
-        .into())
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let session = SessionId::parse(request.into_inner().session_id).map_err(Error::from)?;
+
+        let portrait = within(deadline, false, self.sessions.get(&session)).await??;
+
+        Ok(Response::new(pb::GetSessionResponse {
+            session: Some(sessions::render_portrait(&session, &portrait)),
+        }))
     }
 
     async fn update_session(
         &self,
-        _request: Request<pb::UpdateSessionRequest>,
+        request: Request<pb::UpdateSessionRequest>,
     ) -> Result<Response<pb::UpdateSessionResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "update_session".to_owned(),
-        }
-        .into())
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let (session, update) =
+            sessions::parse_update(request.into_inner()).map_err(Error::from)?;
+
+        let seen = within(deadline, true, self.sessions.update(&session, update)).await??;
+
+        Ok(Response::new(pb::UpdateSessionResponse {
+            session: Some(sessions::render_session(&session, &seen)),
+        }))
     }
 
     async fn list_sessions(
         &self,
-        _request: Request<pb::ListSessionsRequest>,
+        request: Request<pb::ListSessionsRequest>,
     ) -> Result<Response<pb::ListSessionsResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "list_sessions".to_owned(),
-        }
-        .into())
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let (list, scope) = sessions::parse_list(request.into_inner()).map_err(Error::from)?;
+
+        let page = within(deadline, false, self.sessions.list(list)).await??;
+
+        Ok(Response::new(sessions::render_list(&page, &scope)))
     }
 
     async fn rewind(
         &self,
-        _request: Request<pb::RewindRequest>,
+        request: Request<pb::RewindRequest>,
     ) -> Result<Response<pb::RewindResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "rewind".to_owned(),
-        }
-        .into())
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let call = RewindCall::parse(request.into_inner())?;
+
+        let rewound = self
+            .sessions
+            .rewind(&call.session, call.after, call.key, call.stops_turn);
+        let deleted_count = within(deadline, true, rewound).await??;
+
+        Ok(Response::new(pb::RewindResponse { deleted_count }))
     }
 
     async fn fork(
         &self,
-        _request: Request<pb::ForkRequest>,
+        request: Request<pb::ForkRequest>,
     ) -> Result<Response<pb::ForkResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "fork".to_owned(),
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let (session, fork) = sessions::parse_fork(request.into_inner()).map_err(Error::from)?;
+        let to = fork.to.clone();
+
+        let seen = within(deadline, true, self.sessions.fork(&session, fork)).await??;
+
+        Ok(Response::new(pb::ForkResponse {
+            session: Some(sessions::render_session(&to, &seen)),
+        }))
+    }
+}
+
+/// Who watches, and how many may.
+#[derive(Clone)]
+struct Watchers {
+    permits: Arc<Semaphore>,
+    max: usize,
+    /// Ends all of them.
+    closing: CancellationToken,
+}
+
+impl Watchers {
+    fn enter(&self) -> Result<OwnedSemaphorePermit, Error> {
+        if self.closing.is_cancelled() {
+            return Err(Error::ShuttingDown);
         }
-        .into())
+        let permit = self.permits.clone().try_acquire_owned();
+        permit.map_err(|_| Error::TooManyWatchers { limit: self.max })
+    }
+}
+
+/// A watcher and its caller.
+struct Watcher {
+    watch: Watch,
+    include_raw: bool,
+    _permit: OwnedSemaphorePermit,
+    _call: TaskTrackerToken,
+}
+
+impl Watcher {
+    /// What the caller is told. A task of its own finds out when the caller takes nothing: nobody
+    /// asks a stream for more then.
+    fn stream(
+        mut self,
+        deadline: Option<Instant>,
+        closing: CancellationToken,
+    ) -> impl Stream<Item = Result<pb::WatchResponse, Status>> + Send {
+        let (notices, taken) = mpsc::channel(1);
+        let ended = Arc::new(OnceLock::new());
+        let end = Arc::clone(&ended);
+        tokio::spawn(async move {
+            let error = tokio::select! {
+                () = closing.cancelled() => Error::ShuttingDown,
+                () = notices.closed() => return,
+                given = within(deadline, false, self.give(&notices)) => match given {
+                    Ok(Err(error)) | Err(error) => error,
+                },
+            };
+            // Read once the caller has taken what is in the channel.
+            let _ = end.set(error);
+        });
+        stream::unfold(Some((taken, ended)), |state| async move {
+            let (mut taken, ended) = state?;
+            if let Some(notice) = taken.recv().await {
+                return Some((Ok(notice), Some((taken, ended))));
+            }
+            let error = ended.get().cloned().unwrap_or(Error::Internal);
+            Some((Err(error.into()), None))
+        })
+    }
+
+    /// Gives notices until that cannot go on.
+    async fn give(
+        &mut self,
+        notices: &mpsc::Sender<pb::WatchResponse>,
+    ) -> Result<Infallible, Error> {
+        loop {
+            let notice = self.watch.next().await?;
+            let shown = sessions::render_notice(notice, self.include_raw);
+            let taken = timeout(WATCHER_PATIENCE, notices.send(shown)).await;
+            // That the caller is gone ends this from outside.
+            let limit = WATCHER_PATIENCE;
+            taken.map_err(|_| Error::WatcherTooSlow { limit })?.ok();
+        }
     }
 }
 
@@ -262,6 +403,29 @@ fn events(
             Ok(Some(Err(error))) | Err(error) => Some((Err(error.into()), None)),
         }
     })
+}
+
+/// A checked `RewindRequest`.
+struct RewindCall {
+    session: SessionId,
+    after: i64,
+    key: RequestKey,
+    stops_turn: bool,
+}
+
+impl RewindCall {
+    fn parse(mut request: pb::RewindRequest) -> Result<Self, Error> {
+        let request_id = std::mem::take(&mut request.request_id);
+        let body = request.encode_to_vec();
+        let (session, after, stops_turn) = sessions::parse_rewind(request)?;
+        let request_id = id_or_new("request_id", request_id)?;
+        Ok(Self {
+            session,
+            after,
+            key: RequestKey::new("rewind", &request_id, &body),
+            stops_turn,
+        })
+    }
 }
 
 /// A checked `AppendRequest`.
@@ -481,11 +645,11 @@ async fn until<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> R
 
 /// Waits for the store no longer than the caller does. `writes`: the store may have done the work
 /// although the wait was given up.
-async fn within<T>(
+async fn within<T, E>(
     deadline: Option<Instant>,
     writes: bool,
-    work: impl Future<Output = store::Result<T>>,
-) -> Result<store::Result<T>, Error> {
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<Result<T, E>, Error> {
     let Some(deadline) = deadline else {
         return Ok(work.await);
     };

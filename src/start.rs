@@ -16,7 +16,11 @@ use crate::{
     model::{Model, echo::Echo, provider::Provider, retry::Retry},
     server::{self, Listener, Parts},
     service,
-    store::{Store, redis::Redis, sqlite::Sqlite},
+    store::{
+        Store,
+        redis::{self, Redis},
+        sqlite::{self, Sqlite},
+    },
     telemetry::{self, LogFormat},
     turn::{self, Turns},
 };
@@ -134,6 +138,7 @@ async fn run_until_signal(config: &Config) -> Result<(), Failure> {
         store,
         turns,
         requests_max: config.requests_max,
+        watchers_max: config.watchers_max,
         streams_max: config.streams_max,
         keepalive: config.keepalive,
         drain_limit: config.drain_limit,
@@ -185,11 +190,19 @@ fn open_store(config: &Config) -> Result<Arc<dyn Store>, Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::Store(error.to_string());
     match &config.store {
         StoreConfig::Embedded { path } => {
-            let store = Sqlite::open(path, &config.key_prefix);
+            let options = sqlite::Options {
+                upkeep: config.upkeep,
+                ..sqlite::Options::default()
+            };
+            let store = Sqlite::open_with(path, &config.key_prefix, options);
             Ok(Arc::new(store.map_err(|error| failed(&error))?))
         }
         StoreConfig::Redis(settings) => {
-            let store = Redis::connect(settings.clone());
+            let settings = redis::Settings {
+                upkeep: config.upkeep,
+                ..settings.clone()
+            };
+            let store = Redis::connect(settings);
             Ok(Arc::new(store.map_err(|error| failed(&error))?))
         }
     }

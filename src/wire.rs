@@ -22,6 +22,8 @@ use crate::{
     store::{Body, Element, Order, Page, Read, Sequence},
 };
 
+pub mod sessions;
+
 type Checked<T> = Result<T, Violation>;
 
 // ---------------------------------------------------------------------------------------------

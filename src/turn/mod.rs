@@ -8,6 +8,7 @@
 //! - [`log`]: the newest events, in memory
 //! - [`runner`]: one attempt at a turn, from its lease to its end
 //! - [`follower`]: reads a turn's events, wherever it runs
+//! - [`report`]: how it stands with a turn, for who looks at its session
 //! - this file: who runs what; begins, stops and adopts turns
 //!
 //! # States
@@ -59,11 +60,13 @@ use log::{End, Log};
 
 pub use events::{Completed, Delta, Event, Started};
 pub use follower::Follower;
+pub use report::{Report, State};
 
 pub mod events;
 mod follower;
 mod log;
 mod outcome;
+mod report;
 mod runner;
 
 /// Numbers of events that a server may use ahead of what it has written to the store's log.
@@ -467,6 +470,17 @@ impl Turns {
             let found = self.0.store.follow_turn(session, look(turn)).await?;
             state = found.ok_or(store::Error::Cleared)?.state;
         }
+    }
+
+    /// What was asked of a turn, from its request's bytes.
+    pub fn question(&self, request: &[u8]) -> Result<Vec<Draft>, Error> {
+        Ok((self.0.parse)(request)?.drafts)
+    }
+
+    /// What the last attempt at a turn has said, as far as it is in its log.
+    pub async fn said(&self, session: &SessionId, turn: TurnId) -> Result<Draft, Error> {
+        let answer = runner::read_answer(&*self.0.store, session, turn).await?;
+        Ok(answer.draft())
     }
 
     /// Takes no more turns and waits for the running ones to end.

@@ -17,12 +17,13 @@ use crate::{
     error::{Error, Recorded},
     langchain,
     message::{
-        ANSWER_BYTES_MAX, Draft, Json, Message, PAGE_BYTES_MAX, Role, now_ms, stored_messages,
+        ANSWER_BYTES_MAX, Draft, Json, Message, PAGE_BYTES_MAX, Role, SessionId, now_ms,
+        stored_messages,
     },
     model::{self, FinishReason, Piece, Prompt},
     store::{
-        self, Body, Element, Order, Read,
-        turns::{EndTurn, FollowTurn, KeepTurn, Kept, Lease, Stop, TurnState},
+        self, Body, Element, Order, Read, Store,
+        turns::{EndTurn, FollowTurn, KeepTurn, Kept, Lease, Stop, TurnId, TurnState},
     },
     window,
 };
@@ -63,7 +64,7 @@ impl Drop for Runner {
 
 /// An answer, as far as it has come.
 #[derive(Default)]
-struct Answer {
+pub(super) struct Answer {
     text: String,
     reasoning: String,
     tool_call_bytes: usize,
@@ -80,6 +81,44 @@ impl Answer {
         for call in &delta.tool_calls {
             self.tool_call_bytes += call.arguments.len();
         }
+    }
+
+    /// The answer as a message, without tool calls.
+    pub(super) fn draft(self) -> Draft {
+        let mut draft = Draft::text(Role::Assistant, self.text);
+        draft.reasoning = Some(self.reasoning).filter(|reasoning| !reasoning.is_empty());
+        draft
+    }
+}
+
+/// Reads from the log what the last attempt at a turn said.
+pub(super) async fn read_answer(
+    store: &dyn Store,
+    session: &SessionId,
+    turn: TurnId,
+) -> Result<Answer, Error> {
+    let mut answer = Answer::default();
+    let mut follow = FollowTurn {
+        from_chunk: 0,
+        bytes_max: LOG_BYTES_MAX,
+        ..look(turn)
+    };
+    loop {
+        let found = store.follow_turn(session, follow).await?;
+        let found = found.ok_or(store::Error::Cleared)?;
+        for chunk in &found.chunks {
+            for (_, event) in events::read_chunk(chunk)? {
+                match event {
+                    Event::Started(_) => answer = Answer::default(),
+                    Event::Delta(delta) => answer.add(&delta),
+                    Event::Completed(_) => {}
+                }
+            }
+        }
+        if !found.more {
+            return Ok(answer);
+        }
+        follow.from_chunk = found.next_chunk;
     }
 }
 
@@ -107,10 +146,16 @@ impl Runner {
         let mut answer = Answer::default();
         let ending = match self.run.leased.stop {
             // Its last holder did not come to stop it.
-            Some(stop) => match self.read_answer(&mut answer).await {
-                Ok(()) => Ending::Stopped(stop),
-                Err(_) => Ending::GivenUp,
-            },
+            Some(stop) => {
+                let store = &*self.shared.store;
+                match read_answer(store, &self.run.session, self.run.turn).await {
+                    Ok(said) => {
+                        answer = said;
+                        Ending::Stopped(stop)
+                    }
+                    Err(_) => Ending::GivenUp,
+                }
+            }
             None => {
                 let limit = self.shared.settings.turn_limit;
                 let abort = self.shared.abort.clone();
@@ -267,37 +312,9 @@ impl Runner {
         Ok(newest.iter().filter_map(read_message).collect())
     }
 
-    /// Reads from the log what the last attempt said.
-    async fn read_answer(&self, answer: &mut Answer) -> Result<(), Error> {
-        let mut follow = FollowTurn {
-            from_chunk: 0,
-            bytes_max: LOG_BYTES_MAX,
-            ..look(self.run.turn)
-        };
-        loop {
-            let store = &self.shared.store;
-            let found = store.follow_turn(&self.run.session, follow).await?;
-            let found = found.ok_or(store::Error::Cleared)?;
-            for chunk in &found.chunks {
-                for (_, event) in events::read_chunk(chunk)? {
-                    match event {
-                        Event::Started(_) => *answer = Answer::default(),
-                        Event::Delta(delta) => answer.add(&delta),
-                        Event::Completed(_) => {}
-                    }
-                }
-            }
-            if !found.more {
-                return Ok(());
-            }
-            follow.from_chunk = found.next_chunk;
-        }
-    }
-
     /// Stores question and answer in one step. Without an end, the answer was stopped.
     async fn store(&self, ask: Ask, answer: Answer, end: Option<model::End>) {
-        let mut draft = Draft::text(Role::Assistant, answer.text);
-        draft.reasoning = Some(answer.reasoning).filter(|reasoning| !reasoning.is_empty());
+        let mut draft = answer.draft();
         let interrupted = end.is_none();
         let mut finish_reason = FinishReason::Unspecified;
         let mut usage = None;

@@ -96,6 +96,7 @@ pub async fn server_on(
         store: Arc::clone(&store),
         turns,
         requests_max: options.requests_max,
+        watchers_max: 1_000,
         streams_max: 1000,
         keepalive: Duration::from_secs(60),
         drain_limit: options.drain_limit,
