@@ -26,8 +26,13 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::util::MapResponseLayer;
 
 use crate::{
-    config::Listen, error, pb::chat_memory_server::ChatMemoryServer, service::Service,
-    store::Store, telemetry, turn::Turns,
+    config::Listen,
+    error,
+    pb::chat_memory_server::ChatMemoryServer,
+    service::{Limits, Service},
+    store::Store,
+    telemetry,
+    turn::Turns,
 };
 
 /// The descriptors of our proto, for reflection.
@@ -115,10 +120,7 @@ pub struct Parts {
     pub listeners: Vec<Listener>,
     pub store: Arc<dyn Store>,
     pub turns: Turns,
-    /// Unary calls at once, at most.
-    pub requests_max: usize,
-    /// Watchers at once, at most.
-    pub watchers_max: usize,
+    pub limits: Limits,
     /// Calls at once on one connection, at most.
     pub streams_max: u32,
     /// Silence after which a connection is probed.
@@ -132,12 +134,7 @@ pub struct Parts {
 ///
 /// The caller binds and the caller decides when to stop, so a test can do both.
 pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
-    let service = Service::new(
-        Arc::clone(&parts.store),
-        parts.turns.clone(),
-        parts.requests_max,
-        parts.watchers_max,
-    );
+    let service = Service::new(Arc::clone(&parts.store), parts.turns.clone(), parts.limits);
     let (reporter, health) = tonic_health::server::health_reporter();
     report(&reporter, &*parts.store).await;
     let memory = ChatMemoryServer::new(service.clone())

@@ -50,6 +50,17 @@ pub struct Service {
     calls: TaskTracker,
 }
 
+/// How much is served at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Unary calls at once, at most.
+    pub requests_max: usize,
+    /// Watchers at once, at most.
+    pub watchers_max: usize,
+    /// How long a watcher's caller may take nothing although there is something.
+    pub watcher_patience: Duration,
+}
+
 /// Proof that a call was let in. While it lives, the call counts.
 struct Entry {
     _call: TaskTrackerToken,
@@ -57,14 +68,13 @@ struct Entry {
 }
 
 impl Service {
-    /// Serves at most `requests_max` unary calls and `watchers_max` watchers at once; `turns` has its
-    /// own limit.
-    pub fn new(
-        store: Arc<dyn Store>,
-        turns: Turns,
-        requests_max: usize,
-        watchers_max: usize,
-    ) -> Self {
+    /// Serves within limits; `turns` has its own.
+    pub fn new(store: Arc<dyn Store>, turns: Turns, limits: Limits) -> Self {
+        let Limits {
+            requests_max,
+            watchers_max,
+            watcher_patience,
+        } = limits;
         Self {
             sessions: Sessions::new(Arc::clone(&store), turns.clone()),
             store,
@@ -74,6 +84,7 @@ impl Service {
             watchers: Watchers {
                 permits: Arc::new(Semaphore::new(watchers_max)),
                 max: watchers_max,
+                patience: watcher_patience,
                 closing: CancellationToken::new(),
             },
             calls: TaskTracker::new(),
@@ -102,9 +113,6 @@ impl Service {
         })
     }
 }
-
-/// How long a watcher's caller may take nothing although there is something.
-const WATCHER_PATIENCE: Duration = Duration::from_secs(60);
 
 type WatchStream = Pin<Box<dyn Stream<Item = Result<pb::WatchResponse, Status>> + Send>>;
 type ChatStream = Pin<Box<dyn Stream<Item = Result<pb::ChatResponse, Status>> + Send>>;
@@ -230,6 +238,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
             _call: self.calls.token(),
             watch: Watch::new(Arc::clone(&self.store), session, after),
             include_raw,
+            patience: self.watchers.patience,
         };
         let ended = self.watchers.closing.clone();
         Ok(Response::new(Box::pin(watcher.stream(deadline, ended))))
@@ -317,6 +326,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
 struct Watchers {
     permits: Arc<Semaphore>,
     max: usize,
+    patience: Duration,
     /// Ends all of them.
     closing: CancellationToken,
 }
@@ -335,6 +345,8 @@ impl Watchers {
 struct Watcher {
     watch: Watch,
     include_raw: bool,
+    /// How long the caller may take nothing although there is something.
+    patience: Duration,
     _permit: OwnedSemaphorePermit,
     _call: TaskTrackerToken,
 }
@@ -376,12 +388,12 @@ impl Watcher {
         &mut self,
         notices: &mpsc::Sender<pb::WatchResponse>,
     ) -> Result<Infallible, Error> {
+        let limit = self.patience;
         loop {
             let notice = self.watch.next().await?;
             let shown = sessions::render_notice(notice, self.include_raw);
-            let taken = timeout(WATCHER_PATIENCE, notices.send(shown)).await;
+            let taken = timeout(limit, notices.send(shown)).await;
             // That the caller is gone ends this from outside.
-            let limit = WATCHER_PATIENCE;
             taken.map_err(|_| Error::WatcherTooSlow { limit })?.ok();
         }
     }

@@ -15,7 +15,7 @@ use crate::{
     config::{Config, Listen, ModelConfig, Problems, Serve, StoreConfig, VERSION},
     model::{Model, echo::Echo, provider::Provider, retry::Retry},
     server::{self, Listener, Parts},
-    service,
+    service::{self, Limits},
     store::{
         Store,
         redis::{self, Redis},
@@ -30,6 +30,9 @@ pub const EXIT_USAGE: u8 = 2;
 
 /// How long what is left on the runtime gets once the server has drained.
 const RUNTIME_LIMIT: Duration = Duration::from_millis(200);
+/// How long a watcher's caller may take nothing although there is something. Longer than a client
+/// that works stalls, and short enough that the dead ones do not pile up.
+const WATCHER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why a server did not start or did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -137,8 +140,11 @@ async fn run_until_signal(config: &Config) -> Result<(), Failure> {
         listeners,
         store,
         turns,
-        requests_max: config.requests_max,
-        watchers_max: config.watchers_max,
+        limits: Limits {
+            requests_max: config.requests_max,
+            watchers_max: config.watchers_max,
+            watcher_patience: WATCHER_PATIENCE,
+        },
         streams_max: config.streams_max,
         keepalive: config.keepalive,
         drain_limit: config.drain_limit,

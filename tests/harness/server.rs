@@ -27,6 +27,8 @@ pub struct Options {
     pub model: Arc<dyn Model>,
     pub turns_max: usize,
     pub requests_max: usize,
+    pub watchers_max: usize,
+    pub watcher_patience: Duration,
     pub turn_limit: Duration,
     pub drain_limit: Duration,
 }
@@ -37,6 +39,8 @@ impl Default for Options {
             model: Arc::new(Echo),
             turns_max: 100,
             requests_max: 100,
+            watchers_max: 100,
+            watcher_patience: Duration::from_secs(60),
             turn_limit: Duration::from_secs(60),
             drain_limit: Duration::from_secs(10),
         }
@@ -95,8 +99,11 @@ pub async fn server_on(
         listeners,
         store: Arc::clone(&store),
         turns,
-        requests_max: options.requests_max,
-        watchers_max: 1_000,
+        limits: service::Limits {
+            requests_max: options.requests_max,
+            watchers_max: options.watchers_max,
+            watcher_patience: options.watcher_patience,
+        },
         streams_max: 1000,
         keepalive: Duration::from_secs(60),
         drain_limit: options.drain_limit,
