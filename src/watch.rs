@@ -66,6 +66,7 @@ pub struct Watch {
 /// What is remembered of a look, to see what has changed.
 struct Sight {
     epoch: Epoch,
+    count: i64,
     turn: Option<Report>,
     expires_ms: Option<i64>,
 }
@@ -175,6 +176,11 @@ impl Watch {
     fn compare(&mut self, seen: &Seen) {
         let before = self.seen.as_ref().map(|before| before.epoch);
         let is_first = before.is_none();
+        // An empty session has nothing that could be taken back.
+        let had_messages = match &self.seen {
+            None => seen.count > 0,
+            Some(before) => before.count > 0,
+        };
         // A session whose last sequence has fallen is another one: the old one has expired.
         let is_new_life = seen.last_sequence < self.at && !is_first;
         if before.is_some_and(|epoch| epoch != seen.epoch) || is_new_life {
@@ -189,13 +195,9 @@ impl Watch {
             let first_sequence = seen.first_sequence;
             self.ahead.push_back(Notice::Skipped { first_sequence });
             self.at = first_sequence - 1;
-        } else if seen.floor < self.at && (seen.count == 0 || seen.first_sequence <= self.at) {
+        } else if had_messages && seen.floor < self.at {
             let last_sequence = seen.floor;
-            // Nothing was given that could be taken back: a session without messages.
-            let is_told = !is_first || seen.count > 0;
-            if is_told {
-                self.ahead.push_back(Notice::Rewound { last_sequence });
-            }
+            self.ahead.push_back(Notice::Rewound { last_sequence });
             // What was rewound has no sequence that will come again.
             self.at = match seen.count {
                 0 => seen.last_sequence,
@@ -205,6 +207,7 @@ impl Watch {
         let turn = self.seen.take().and_then(|before| before.turn);
         self.seen = Some(Sight {
             epoch: seen.epoch,
+            count: seen.count,
             turn,
             expires_ms: seen.expires_ms,
         });
