@@ -401,6 +401,13 @@ async fn an_ended_turn_is_forgotten_after_its_retention_and_its_id_is_free(
 }
 
 async fn a_running_turn_that_nobody_keeps_is_forgotten_too(store: Shared, s: SessionId) {
+    // It is forgotten by itself, not with all turns of the session.
+    let other = begin("z", lease());
+    store.begin_turn(&s, other.clone()).await.unwrap();
+    store
+        .end_turn(&s, end(other.key.id, other.lease.token, &[]))
+        .await
+        .unwrap();
     let mut brief = brief_lease();
     brief.retention_ms = 1;
     let first = begin("a", brief);
