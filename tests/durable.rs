@@ -869,6 +869,9 @@ async fn a_stop_takes_effect_soon_at_whichever_server_it_is_asked_for() {
         let id = format!("t{index}");
         let mut stream = here.chat(turn("s", &id, "hi")).await.unwrap().into_inner();
         take_deltas(&mut stream, 1).await;
+        // By then it is in the log, and the holder has no reason of its own to look at the store.
+        let mut follower = there.chat(follow("s", &id, 0)).await.unwrap().into_inner();
+        take_deltas(&mut follower, 1).await;
         let asked = Instant::now();
         let stopper = if is_elsewhere { &mut there } else { &mut here };
         let stopped = stopper.stop_chat(stop("s", "")).await.unwrap().into_inner();
