@@ -945,7 +945,7 @@ async fn calls_that_wait_at_two_servers_run_in_the_order_in_which_they_came() {
 }
 
 #[tokio::test]
-async fn a_turn_supersedes_the_running_one_and_those_in_line_still_get_theirs() {
+async fn a_turn_supersedes_the_running_one_while_others_wait_in_line() {
     let world = World::start().await;
     world.provider.answer(Script::begin().say("cut").hang());
     world.provider.always(Script::text(["whole"]));
@@ -972,18 +972,24 @@ async fn a_turn_supersedes_the_running_one_and_those_in_line_still_get_theirs() 
     );
     let told = tell_rest(stream, Told::default()).await;
     assert!(told.completed.unwrap().messages[1].interrupted);
+    // One in line may get its turn first, and is superseded then as well. Nothing of it is stored in
+    // part, and the others get theirs in order.
     let mut expected = vec!["0 cut", "now whole"];
     for (waiter, pair) in waiters.into_iter().zip(["q0 whole", "q1 whole"]) {
         let told = waiter.await.unwrap();
-        assert_eq!(told.reason(), "");
-        expected.push(pair);
+        match told.reason().as_str() {
+            "" => expected.push(pair),
+            reason => assert_eq!(reason, "TURN_STOPPED"),
+        }
     }
-    // Where the superseding turn stands among those in line is open, but all are whole.
     let stored = world.texts("s").await;
     let mut pairs: Vec<String> = stored.chunks(2).map(|pair| pair.join(" ")).collect();
     assert_eq!(pairs[0], expected[0]);
     let place = |pair| pairs.iter().position(|known| known == pair);
-    assert!(place("q0 whole") < place("q1 whole"), "{pairs:?}");
+    assert!(
+        place("q0 whole") < place("q1 whole") || place("q1 whole").is_none(),
+        "{pairs:?}"
+    );
     pairs.sort();
     expected.sort();
     assert_eq!(pairs, expected);
