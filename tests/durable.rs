@@ -889,6 +889,36 @@ async fn a_stop_takes_effect_soon_at_whichever_server_it_is_asked_for() {
     }
 }
 
+#[tokio::test]
+async fn a_client_that_vanishes_without_a_word_finds_its_turn_where_it_left_it() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world.provider.answer(held_by(&gate));
+    let server = world.server();
+    let mut direct = ready(&server).await;
+    let proxy = Proxy::start(server.addresses[0].clone()).await;
+    let mut vanishing = client(tcp_channel(&proxy.address().to_string()).await);
+    let request = turn("s", "t", "hi");
+    let mut stream = vanishing.chat(request.clone()).await.unwrap().into_inner();
+    let begun = take_deltas(&mut stream, 1).await;
+    // No end of a connection is seen on either side, and no byte any more.
+    proxy.set(Mode::Silent);
+    gate.open();
+    wait::until("the turn is stored", || async {
+        (world.texts("s").await == ["hi", "kept"]).then_some(())
+    })
+    .await;
+    let last_seen = *begun.numbers.last().unwrap();
+    let resumed = pb::ChatRequest {
+        resume_after: last_seen,
+        ..request
+    };
+    let told = tell(&mut direct, resumed).await;
+    assert_eq!(told.numbers, [last_seen + 1]);
+    assert_eq!(told.completed.unwrap().messages[1].content, "kept");
+    assert_eq!(world.provider.request_count(), 1);
+}
+
 /// Waits until so many calls stand in line at a session.
 async fn until_in_line(world: &World, session: &str, count: usize) {
     let key = format!("{{message_store:{session}}}:turns");
