@@ -58,7 +58,6 @@ pub(super) fn pattern(prefix: &str) -> String {
 /// The scripts, each with its prelude.
 pub(super) struct Scripts {
     pub(super) append: Script,
-    pub(super) recall: Script,
     pub(super) read: Script,
     pub(super) clear: Script,
     pub(super) expire: Script,
@@ -86,7 +85,6 @@ impl Scripts {
         let turn_script = |body: &str| Script::new(&format!("{common}{of_turns}{body}"));
         Self {
             append: script(include_str!("scripts/append.lua")),
-            recall: script(include_str!("scripts/recall.lua")),
             read: script(include_str!("scripts/read.lua")),
             clear: script(include_str!("scripts/clear.lua")),
             expire: script(include_str!("scripts/expire.lua")),
