@@ -1720,3 +1720,147 @@ async fn settings_that_cannot_work_are_refused_at_once() {
         Some(InvalidSettings::Certificates { .. })
     ));
 }
+
+#[tokio::test]
+async fn an_entry_that_is_none_leaves_the_index_of_running_turns_and_hides_no_other() {
+    let (redis, store) = start().await;
+    let mut given_up = beginning("t");
+    given_up.lease.lease_ms = 0;
+    begin(&store, given_up).await;
+    for nonsense in ["short", "sixteen bytes id", "sixteen bytes id{braces}"] {
+        let _: i64 = redis.command(&["ZADD", RUNNING, "1", nonsense]).await;
+    }
+    assert_eq!(redis.command::<i64>(&["ZCARD", RUNNING]).await, 4);
+    eventually("the orphan is named", async || {
+        store.orphaned_turns(10).await.unwrap() == [(session(), turn("t"))]
+    })
+    .await;
+    assert_eq!(redis.command::<i64>(&["ZCARD", RUNNING]).await, 1);
+}
+
+#[tokio::test]
+async fn an_index_of_running_turns_that_others_deleted_comes_back_while_turns_run() {
+    let (redis, store) = start().await;
+    let mut brief = beginning("t");
+    brief.lease.lease_ms = 400;
+    begin(&store, brief.clone()).await;
+    let _: i64 = redis.command(&["DEL", RUNNING]).await;
+    let mut keep = keeping("t", TOKEN);
+    keep.lease = brief.lease;
+    let mut keeps = 0;
+    eventually("the entry is back", async || {
+        store.keep_turn(&session(), keep.clone()).await.unwrap();
+        keeps += 1;
+        redis.command::<i64>(&["ZCARD", RUNNING]).await == 1
+    })
+    .await;
+    assert!(keeps > 1, "not with each keep");
+    // Its holder dies.
+    eventually("the orphan is named", async || {
+        store.orphaned_turns(10).await.unwrap() == [(session(), turn("t"))]
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn turns_go_with_a_list_whose_expiry_others_shorten_after_their_end() {
+    let (redis, store) = start().await;
+    begin(&store, beginning("t")).await;
+    store
+        .end_turn(&session(), ending("t", TOKEN, &["q", "a"]))
+        .await
+        .unwrap();
+    assert_close(
+        pttl(&redis, TURNS).await,
+        LEASE.lease_ms + LEASE.retention_ms,
+    );
+    let _: i64 = redis.command(&["EXPIRE", LIST, "60"]).await;
+    read(&store).await;
+    assert_close(pttl(&redis, TURNS).await, 60_000);
+    let _: i64 = redis.command(&["EXPIRE", LIST, "30"]).await;
+    append(&store, &["b"]).await;
+    assert_close(pttl(&redis, TURNS).await, 30_000);
+
+    // While a turn runs, they stay for it.
+    let _: i64 = redis.command(&["PERSIST", LIST]).await;
+    begin(&store, beginning("u")).await;
+    let _: i64 = redis.command(&["EXPIRE", LIST, "20"]).await;
+    read(&store).await;
+    let left = pttl(&redis, TURNS).await;
+    assert!(left > 60_000, "{left}");
+}
+
+#[tokio::test]
+async fn an_expiry_during_a_turn_does_not_tear_it() {
+    for is_cleared_before in [false, true] {
+        let (redis, store) = start().await;
+        append(&store, &["a", "b"]).await;
+        if is_cleared_before {
+            // Then the facts outlive the list.
+            store.clear(&session()).await.unwrap();
+            append(&store, &["c"]).await;
+        }
+        begin(&store, beginning("old")).await;
+        store
+            .end_turn(&session(), ending("old", TOKEN, &["q", "a"]))
+            .await
+            .unwrap();
+        begin(&store, beginning("t")).await;
+        let _: i64 = redis.command(&["PEXPIRE", LIST, "300"]).await;
+        read(&store).await;
+        store
+            .keep_turn(&session(), keeping("t", TOKEN))
+            .await
+            .unwrap();
+        eventually("the list expires", async || {
+            redis.command::<i64>(&["EXISTS", LIST]).await == 0
+        })
+        .await;
+        let follow = |name| FollowTurn {
+            turn: turn(name),
+            from_chunk: 0,
+            bytes_max: usize::MAX,
+            is_noted: false,
+        };
+        if is_cleared_before {
+            // A read notes the expiry, and is no clear either.
+            assert_eq!(read(&store).await.last_sequence, 0);
+        }
+        let mut keep = keeping("t", TOKEN);
+        keep.chunk = chunk(1);
+        store.keep_turn(&session(), keep).await.unwrap();
+
+        let mut end = ending("t", TOKEN, &["q2", "a2"]);
+        end.chunk = chunk(2);
+        let ended = store.end_turn(&session(), end.clone()).await.unwrap();
+        let TurnState::Completed { appended, .. } = &ended else {
+            panic!("{ended:?}");
+        };
+        assert_eq!((appended.first_sequence, appended.count), (1, 2));
+        assert_eq!(store.end_turn(&session(), end).await, Ok(ended.clone()));
+        assert_eq!(show(&read(&store).await), "1:q2 2:a2");
+        let followed = store
+            .follow_turn(&session(), follow("t"))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!((followed.state, followed.chunks.len()), (ended.clone(), 3));
+        let repeated = store.begin_turn(&session(), beginning("t")).await;
+        assert_eq!(repeated, Ok(Begun::Exists(ended)));
+
+        // Its messages are gone, so its record is.
+        let forgotten = store.follow_turn(&session(), follow("old")).await;
+        assert_eq!(forgotten, Ok(None));
+        assert_eq!(begin(&store, beginning("old")).await.attempt, 1);
+        // List and facts live on; the turns as long as their records, and with the list.
+        assert_eq!(pttl(&redis, LIST).await, -1);
+        let _: i64 = redis.command(&["EXPIRE", LIST, "60"]).await;
+        store
+            .end_turn(&session(), ending("old", TOKEN, &["q", "a"]))
+            .await
+            .unwrap();
+        for key in [LIST, TURNS] {
+            assert_close(pttl(&redis, key).await, 60_000);
+        }
+    }
+}

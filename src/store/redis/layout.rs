@@ -6,8 +6,9 @@ use crate::message::SessionId;
 use crate::store::turns::{FOLLOWED_EVERY_MS, PLACE_MS, WAITING_MAX};
 use crate::store::{REQUEST_MEMORY_MS, TOMBSTONE_MS};
 
-/// How long the facts of a session that was cleared outlive its list, in ms: longer than any turn
-/// runs (at most an hour), so that a turn finds out that its session was cleared.
+/// How long the facts of a session that was cleared outlive its list, in ms, and a turn that runs
+/// the list's expiry: longer than any turn runs (at most an hour), so that a turn finds out that its
+/// session was cleared, and is stored although the list has expired.
 const LINGER_MS: i64 = 60 * 60 * 1000;
 
 /// The keys of a session, in the order of the scripts' `KEYS`. `scripts/common.lua` says what they
