@@ -503,6 +503,7 @@ impl Runner {
                 }
             }
             tokio::select! {
+                biased;
                 () = self.shared.abort.cancelled() => {
                     if kept.is_some() {
                         metrics::kept_answer_dropped();
