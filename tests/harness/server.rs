@@ -29,6 +29,8 @@ pub struct Options {
     pub requests_max: usize,
     pub turn_limit: Duration,
     pub drain_limit: Duration,
+    pub lease: Duration,
+    pub kept_bytes_max: usize,
 }
 
 impl Default for Options {
@@ -39,6 +41,8 @@ impl Default for Options {
             requests_max: 100,
             turn_limit: Duration::from_secs(60),
             drain_limit: Duration::from_secs(10),
+            lease: turn::Settings::default().lease,
+            kept_bytes_max: turn::Settings::default().kept_bytes_max,
         }
     }
 }
@@ -47,6 +51,7 @@ pub struct TestServer {
     pub tcp: String,
     pub socket: PathBuf,
     pub store: Arc<dyn Store>,
+    pub turns: Turns,
     pub shutdown: CancellationToken,
     pub running: JoinHandle<std::io::Result<()>>,
     pub directory: tempfile::TempDir,
@@ -88,13 +93,15 @@ pub async fn server_on(
         turn::Settings {
             turn_limit: options.turn_limit,
             turns_max: options.turns_max,
+            lease: options.lease,
+            kept_bytes_max: options.kept_bytes_max,
             ..turn::Settings::default()
         },
     );
     let parts = Parts {
         listeners,
         store: Arc::clone(&store),
-        turns,
+        turns: turns.clone(),
         requests_max: options.requests_max,
         streams_max: 1000,
         keepalive: Duration::from_secs(60),
@@ -106,6 +113,7 @@ pub async fn server_on(
         tcp,
         socket,
         store,
+        turns,
         shutdown,
         running,
         directory,

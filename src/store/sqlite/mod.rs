@@ -17,9 +17,7 @@ use rusqlite::Connection;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout_at};
 
-use super::{
-    Append, Appended, Cursor, Error, List, Page, Read, RequestKey, Result, SessionsPage, Store,
-};
+use super::{Append, Appended, Cursor, Error, List, Page, Read, Result, SessionsPage, Store};
 use crate::message::{SessionId, UnixMillis, now_ms};
 use open::Held;
 use writer::{Claim, Job, Task, Work, Writer};
@@ -325,14 +323,6 @@ impl Store for Sqlite {
             tables::append(db, &key, &append, now_ms)
         })
         .await
-    }
-
-    async fn recall(&self, session: &SessionId, request: &RequestKey) -> Result<Option<Appended>> {
-        let key = self.key(session);
-        let request = *request;
-        let clock = self.shared.clock.clone();
-        self.query(move |db| tables::recall(db, &key, &request, clock()))
-            .await
     }
 
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page> {

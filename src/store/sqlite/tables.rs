@@ -288,18 +288,6 @@ pub fn prune(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
     Ok(has_more_turns || [requests, sessions].contains(&PRUNE_ROWS_MAX))
 }
 
-pub fn recall(
-    db: &Connection,
-    key: &str,
-    request: &RequestKey,
-    now_ms: UnixMillis,
-) -> Result<Option<Appended>> {
-    in_snapshot(db, || match session(db, key)? {
-        Some(session) => remembered(db, session.number, request, now_ms),
-        None => Ok(None),
-    })
-}
-
 pub fn read(db: &Connection, key: &str, read: &Read) -> Result<Page> {
     in_snapshot(db, || page(db, key, read))
 }
