@@ -314,8 +314,8 @@ pub struct Serve {
     #[arg(help_heading = "Turns")]
     turn_retention: Given<Period>,
 
-    /// Run turns whose servers have died although nobody asks for them. With `false`, such a turn
-    /// fails when somebody does
+    /// Run turns whose servers have died although nobody asks for them. With `false`, they run anew
+    /// once somebody does
     #[arg(
         long,
         env = "CHAT_MEMORY_ADOPT_TURNS",

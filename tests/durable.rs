@@ -43,16 +43,22 @@ impl World {
     }
 
     fn server_at(&self, redis_url: &str) -> Program {
-        Program::start(&[
+        self.server_with(redis_url, &[])
+    }
+
+    fn server_with(&self, redis_url: &str, flags: &[&str]) -> Program {
+        let url = self.provider.url();
+        let common = [
             "--listen=127.0.0.1:0",
             "--redis",
             redis_url,
             "--model=test-model",
             "--model-url",
-            &self.provider.url(),
+            &url,
             "--lease-seconds=1",
             "--redis-timeout-ms=500",
-        ])
+        ];
+        Program::start(&[&common, flags].concat())
     }
 
     /// What the history holds, as the bytes in Redis say.
@@ -269,6 +275,26 @@ async fn a_turn_of_a_killed_server_is_run_anew_for_who_follows_it_elsewhere() {
     assert_eq!(told.started.as_ref().unwrap().attempt, 2);
     assert!(told.numbers[0] > last_seen);
     assert_eq!(told.text(), "found");
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_look_for_orphans_runs_them_for_who_asks() {
+    let world = World::start().await;
+    world.provider.answer(Script::begin().say("lost").hang());
+    world.provider.answer(Script::text(["found"]));
+    let url = world.redis.url();
+    let first = world.server();
+    let second = world.server_with(&url, &["--adopt-turns=false"]);
+    let mut here = ready(&first).await;
+    let mut there = ready(&second).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    first.crash();
+    let told = tell(&mut there, turn("s", "t", "hi")).await;
+    assert_eq!(told.reason(), "");
+    assert_eq!(told.started.as_ref().unwrap().attempt, 2);
+    assert_eq!(world.texts("s").await, ["hi", "found"]);
+    assert_eq!(world.provider.request_count(), 2);
 }
 
 #[tokio::test]

@@ -141,7 +141,8 @@ pub struct Settings {
     pub lease: Duration,
     /// How long a turn is remembered after its end.
     pub retention: Duration,
-    /// Whether this server runs turns whose servers have died.
+    /// Whether this server looks for turns whose servers have died, so that they run although nobody
+    /// asks for them.
     pub adopts: bool,
     /// Bytes of answers to keep for a store that is away, all together.
     pub kept_bytes_max: usize,
@@ -417,7 +418,7 @@ impl Turns {
             turn,
             lease,
             by_force: permit.is_none(),
-            tries_max: if self.0.settings.adopts { TRIES_MAX } else { 1 },
+            tries_max: TRIES_MAX,
             outcome: abandoned.clone(),
         };
         let taken = self.0.store.take_turn(&session, take).await?;
