@@ -203,6 +203,16 @@ pub struct Serve {
     #[arg(help_heading = "Network")]
     unix_mode: Given<Octal>,
 
+    /// Serve metrics for Prometheus at `http://IP:PORT/metrics`. Off if not given. Port 0 takes any
+    /// free port; the server prints which
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_METRICS_LISTEN",
+        value_name = "ADDRESS",
+        help_heading = "Network"
+    )]
+    metrics_listen: Option<Given<Listen>>,
+
     #[command(flatten)]
     store: StoreArgs,
 
@@ -330,8 +340,8 @@ pub struct Serve {
     #[arg(help_heading = "Turns")]
     turn_retention: Given<Period>,
 
-    /// Run turns whose servers have died although nobody asks for them. With `false`, such a turn
-    /// fails when somebody does
+    /// Run turns whose servers have died although nobody asks for them. With `false`, they run anew
+    /// once somebody does
     #[arg(
         long,
         env = "CHAT_MEMORY_ADOPT_TURNS",
@@ -560,6 +570,8 @@ impl StoreArgs {
 pub struct Config {
     pub listen: Vec<Listen>,
     pub unix_mode: u32,
+    /// Where metrics are served.
+    pub metrics_listen: Option<SocketAddr>,
     pub store: StoreConfig,
     pub upkeep: Upkeep,
     pub key_prefix: String,
@@ -630,6 +642,7 @@ impl Serve {
     pub fn check(&self) -> Result<Config, Problems> {
         let mut problems = Problems(Vec::new());
         let listen = self.check_listen(&mut problems);
+        let metrics_listen = self.check_metrics_listen(&mut problems);
         let unix_mode = problems.take("--unix-mode", &self.unix_mode, Octal(0)..=Octal(0o777));
         let store = self.store.check_into(&mut problems);
         let model = self.check_model(&mut problems);
@@ -640,6 +653,7 @@ impl Serve {
         let config = Config {
             listen,
             unix_mode: unix_mode.0,
+            metrics_listen,
             store,
             upkeep: self.check_upkeep(&mut problems),
             key_prefix: self.store.redis.key_prefix.clone(),
@@ -702,19 +716,36 @@ impl Serve {
                 problems.parsed("--listen", given);
                 continue;
             };
-            if let Listen::Tcp(socket) = address
-                && !socket.ip().is_loopback()
-                && !self.insecure
-            {
-                problems.add(format!(
-                    "--listen: {socket} can be reached by other machines, and there is no \
-                     authentication and no TLS yet; if the network is closed to all but trusted \
-                     clients, say so with --insecure"
-                ));
+            if let Listen::Tcp(socket) = address {
+                self.check_reach("--listen", *socket, problems);
             }
             addresses.push(address.clone());
         }
         addresses
+    }
+
+    fn check_metrics_listen(&self, problems: &mut Problems) -> Option<SocketAddr> {
+        match problems.parsed("--metrics-listen", self.metrics_listen.as_ref()?) {
+            Listen::Tcp(socket) => {
+                self.check_reach("--metrics-listen", socket, problems);
+                Some(socket)
+            }
+            Listen::Unix(_) => {
+                problems.add("--metrics-listen: must be IP:PORT".to_owned());
+                None
+            }
+        }
+    }
+
+    /// An address that other machines can reach must be asked for.
+    fn check_reach(&self, flag: &str, socket: SocketAddr, problems: &mut Problems) {
+        if !socket.ip().is_loopback() && !self.insecure {
+            problems.add(format!(
+                "{flag}: {socket} can be reached by other machines, and there is no \
+                 authentication and no TLS yet; if the network is closed to all but trusted \
+                 clients, say so with --insecure"
+            ));
+        }
     }
 
     fn check_model(&self, problems: &mut Problems) -> ModelConfig {
@@ -910,6 +941,7 @@ mod tests {
         );
         assert!(matches!(config.model, ModelConfig::Echo));
         assert_eq!(config.key_prefix, "message_store:");
+        assert_eq!(config.metrics_listen, None);
     }
 
     #[test]
@@ -949,6 +981,10 @@ mod tests {
         assert!(check(&["--listen=[::]:50051"]).is_err());
         assert!(check(&["--listen=0.0.0.0:50051", "--insecure"]).is_ok());
         assert!(check(&["--listen=127.0.0.1:0,unix:/tmp/x.sock,[::1]:0"]).is_ok());
+        assert!(check(&["--metrics-listen=0.0.0.0:9464"]).is_err());
+        assert!(check(&["--metrics-listen=unix:/tmp/x.sock"]).is_err());
+        assert!(check(&["--metrics-listen=0.0.0.0:9464", "--insecure"]).is_ok());
+        assert!(check(&["--metrics-listen=127.0.0.1:0"]).is_ok());
     }
 
     #[test]

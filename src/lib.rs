@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod error;
 pub mod langchain;
 pub mod message;
+pub mod metrics;
 pub mod model;
 pub mod moving;
 pub mod secret;

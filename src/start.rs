@@ -3,6 +3,7 @@
 
 use std::{
     io::{self, Write as _},
+    net::SocketAddr,
     process::ExitCode,
     sync::Arc,
     time::Duration,
@@ -13,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{Config, Listen, ModelConfig, Problems, Serve, StoreConfig, VERSION},
+    metrics::{self, Metrics},
     model::{Model, echo::Echo, provider::Provider, retry::Retry},
     server::{self, Listener, Parts},
     service::{self, Limits},
@@ -120,8 +122,14 @@ async fn run_until_signal(config: &Config) -> Result<(), Failure> {
     let shutdown = shutdown_on_signal()?;
     let model = make_model(&config.model).map_err(Failure::Settings)?;
     let listeners = bind(config).await.map_err(Failure::Settings)?;
+    // Before all that counts.
+    let metrics = start_metrics(config).await.map_err(Failure::Settings)?;
     let store = open_store(config)?;
-    announce(config, &listeners, &*store, &*model)?;
+    let metrics_at = metrics.as_ref().map(Metrics::address).transpose()?;
+    announce(config, &listeners, metrics_at, &*store, &*model)?;
+    if let Some(metrics) = metrics {
+        tokio::spawn(metrics.serve());
+    }
 
     let turns = Turns::new(
         Arc::clone(&store),
@@ -134,6 +142,7 @@ async fn run_until_signal(config: &Config) -> Result<(), Failure> {
             lease: config.lease,
             retention: config.turn_retention,
             adopts: config.adopt_turns,
+            ..turn::Settings::default()
         },
     );
     let parts = Parts {
@@ -192,6 +201,20 @@ async fn bind(config: &Config) -> Result<Vec<Listener>, Problems> {
     }
 }
 
+/// Listens for who asks for metrics, if that is wanted.
+async fn start_metrics(config: &Config) -> Result<Option<Metrics>, Problems> {
+    let Some(address) = config.metrics_listen else {
+        return Ok(None);
+    };
+    let store = match config.store {
+        StoreConfig::Embedded { .. } => "sqlite",
+        StoreConfig::Redis(_) => "redis",
+    };
+    let started = Metrics::start(address, VERSION, store).await;
+    let failed = |error| Problems(vec![format!("--metrics-listen: {address}: {error}")]);
+    started.map(Some).map_err(failed)
+}
+
 fn open_store(config: &Config) -> Result<Arc<dyn Store>, Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::Store(error.to_string());
     match &config.store {
@@ -232,6 +255,7 @@ fn make_model(config: &ModelConfig) -> Result<Arc<dyn Model>, Problems> {
 fn announce(
     config: &Config,
     listeners: &[Listener],
+    metrics_at: Option<SocketAddr>,
     store: &dyn Store,
     model: &dyn Model,
 ) -> io::Result<()> {
@@ -240,16 +264,27 @@ fn announce(
         addresses.push(listener.address()?);
     }
     let (store, model) = (store.describe(), model.describe());
+    let metrics = metrics_at.map(|address| format!("http://{address}{}", metrics::PATH));
     if config.log_format == LogFormat::Json {
         let listening: Vec<String> = addresses.iter().map(Listen::to_string).collect();
         let listening = listening.join(",");
-        tracing::info!(version = VERSION, listening, store, model, "started");
+        tracing::info!(
+            version = VERSION,
+            listening,
+            metrics,
+            store,
+            model,
+            "started"
+        );
         return Ok(());
     }
     let mut out = io::stdout().lock();
     writeln!(out, "chat-memory {VERSION}")?;
     for address in &addresses {
         writeln!(out, "  listening on {address}")?;
+    }
+    if let Some(metrics) = metrics {
+        writeln!(out, "  metrics: {metrics}")?;
     }
     writeln!(out, "  store: {store}")?;
     writeln!(out, "  model: {model}")?;

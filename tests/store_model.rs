@@ -35,9 +35,6 @@ enum Operation {
         /// Relative to the epoch.
         expected_epoch: Option<i64>,
     },
-    Recall {
-        request: (u8, bool),
-    },
     Read {
         is_newest_first: bool,
         /// Relative to the last sequence, like `before`; from the start if `None`.
@@ -96,7 +93,6 @@ fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
         8 => append,
         8 => read,
-        2 => key().prop_map(|request| Operation::Recall { request }),
         1 => Just(Operation::Clear),
     ]
 }
@@ -241,11 +237,6 @@ async fn step(
             let right = model.append(&append);
             let answer = store.append(session, append).await;
             assert!(right.contains(&answer), "{context}\n{answer:?}\n{right:?}");
-        }
-        Operation::Recall { request } => {
-            let request = key(request);
-            let answer = store.recall(session, &request).await;
-            assert_eq!(answer, model.recall(&request), "{context}");
         }
         Operation::Read {
             is_newest_first,

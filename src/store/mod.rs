@@ -72,10 +72,6 @@ pub trait Store: TurnStore + SessionStore {
     /// Adds elements at the end of a session.
     async fn append(&self, session: &SessionId, append: Append) -> Result<Appended>;
 
-    /// Returns what an append under this key stored, if it did within 24 hours;
-    /// [`Error::RequestReused`] if its fingerprint differs.
-    async fn recall(&self, session: &SessionId, request: &RequestKey) -> Result<Option<Appended>>;
-
     /// Returns a page of a session's elements.
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page>;
 

@@ -47,6 +47,7 @@ use crate::{
     error::{Error, Recorded},
     langchain,
     message::{Draft, Message, PAGE_BYTES_MAX, SessionId},
+    metrics::{self, Outcome},
     model::{Model, Prompt},
     store::{
         self, Appended, Body, Element, Order, Read, RequestKey, Sequence, Store,
@@ -85,6 +86,9 @@ const STORE_PATIENCE: Duration = Duration::from_secs(3);
 const ADOPT_EVERY: Duration = Duration::from_secs(5);
 /// Turns of others that this server looks at each time.
 const ADOPT_MAX: usize = 16;
+/// Bytes of all answers together that are kept for a store that is away: as much as a server of the
+/// smallest kind can spare. 64 of the longest, or tens of thousands of usual ones.
+const KEPT_BYTES_MAX: usize = 64 << 20;
 /// How often a turn is tried before it counts as failed.
 const TRIES_MAX: u32 = 3;
 
@@ -140,8 +144,11 @@ pub struct Settings {
     pub lease: Duration,
     /// How long a turn is remembered after its end.
     pub retention: Duration,
-    /// Whether this server runs turns whose servers have died.
+    /// Whether this server looks for turns whose servers have died, so that they run although nobody
+    /// asks for them.
     pub adopts: bool,
+    /// Bytes of answers to keep for a store that is away, all together.
+    pub kept_bytes_max: usize,
 }
 
 impl Default for Settings {
@@ -153,6 +160,7 @@ impl Default for Settings {
             lease: Duration::from_secs(10),
             retention: Duration::from_secs(24 * 60 * 60),
             adopts: true,
+            kept_bytes_max: KEPT_BYTES_MAX,
         }
     }
 }
@@ -169,6 +177,8 @@ struct Shared {
     /// The turns that this server has.
     held: Mutex<HashMap<(SessionId, TurnId), Arc<Held>>>,
     permits: Arc<Semaphore>,
+    /// Of bytes: what answers may still be kept.
+    kept_bytes: Arc<Semaphore>,
     tasks: TaskTracker,
     /// Ends all turns.
     abort: CancellationToken,
@@ -203,6 +213,7 @@ impl Turns {
         let is_reachable = *store.reachable().borrow();
         let shared = Arc::new(Shared {
             permits: Arc::new(Semaphore::new(settings.turns_max)),
+            kept_bytes: Arc::new(Semaphore::new(settings.kept_bytes_max)),
             store,
             model,
             parse,
@@ -368,6 +379,7 @@ impl Turns {
         });
         let key = (run.session.clone(), run.turn);
         lock(&self.0.held).insert(key, Arc::clone(&held));
+        metrics::attempt_begun();
         let runner = runner::Runner::new(Arc::clone(&self.0), held, run);
         self.0.tasks.spawn(runner.run());
     }
@@ -404,15 +416,23 @@ impl Turns {
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<(), Error> {
         let lease = self.0.lease(Token::new());
+        let abandoned = outcome::write(&Recorded::of(&Error::TurnAbandoned));
         let take = TakeTurn {
             turn,
             lease,
             by_force: permit.is_none(),
-            tries_max: if self.0.settings.adopts { TRIES_MAX } else { 1 },
-            outcome: outcome::write(&Recorded::of(&Error::TurnAbandoned)),
+            tries_max: TRIES_MAX,
+            outcome: abandoned.clone(),
         };
-        if let Taken::Leased(leased) = self.0.store.take_turn(&session, take).await? {
+        let taken = self.0.store.take_turn(&session, take).await?;
+        if matches!(&taken, Taken::Ended(TurnState::Failed { outcome }) if *outcome == abandoned) {
+            metrics::turn_ended(Outcome::Abandoned);
+        }
+        if let Taken::Leased(leased) = taken {
             tracing::info!(attempt = leased.attempt, "a turn is taken over here");
+            if permit.is_some() {
+                metrics::turn_adopted();
+            }
             self.run(Run {
                 session,
                 turn,

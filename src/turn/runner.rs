@@ -4,7 +4,10 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+};
 
 use super::{
     Ask, Held, Run, Shared,
@@ -20,6 +23,7 @@ use crate::{
         ANSWER_BYTES_MAX, Draft, Json, Message, PAGE_BYTES_MAX, Role, SessionId, now_ms,
         stored_messages,
     },
+    metrics::{self, Outcome},
     model::{self, FinishReason, Piece, Prompt},
     store::{
         self, Body, Element, Order, Read, Store,
@@ -52,6 +56,13 @@ pub(super) struct Runner {
     shared: Arc<Shared>,
     held: Arc<Held>,
     run: Run,
+    _counted: metrics::Lasting,
+}
+
+/// A complete answer that the store has not taken yet.
+struct KeptAnswer {
+    _room: OwnedSemaphorePermit,
+    _counted: [metrics::Lasting; 2],
 }
 
 impl Drop for Runner {
@@ -128,17 +139,26 @@ enum Ending {
     Stopped(Stop),
     Failed(Error),
     /// The turn is not this server's any more.
-    Lost,
+    Lost(Outcome),
     /// This server stops.
     GivenUp,
 }
 
 impl Runner {
     pub(super) fn new(shared: Arc<Shared>, held: Arc<Held>, run: Run) -> Self {
-        Self { shared, held, run }
+        Self {
+            shared,
+            held,
+            run,
+            _counted: metrics::turn_runs(),
+        }
     }
 
     pub(super) async fn run(self) {
+        metrics::turn_ended(self.run_to_end().await);
+    }
+
+    async fn run_to_end(&self) -> Outcome {
         let ask = match (self.shared.parse)(&self.run.leased.request) {
             Ok(ask) => ask,
             Err(error) => return self.fail(error).await,
@@ -174,11 +194,11 @@ impl Runner {
         match ending {
             Ending::Complete(end) => self.store(ask, answer, Some(end)).await,
             Ending::Stopped(Stop::Keep) if !answer.text.is_empty() => {
-                self.store(ask, answer, None).await;
+                self.store(ask, answer, None).await
             }
             Ending::Stopped(_) => self.fail(Error::TurnStopped).await,
             Ending::Failed(error) => self.fail(error).await,
-            Ending::Lost => {}
+            Ending::Lost(outcome) => outcome,
             Ending::GivenUp => self.give_up().await,
         }
     }
@@ -221,9 +241,9 @@ impl Runner {
                         return Ending::Stopped(stop);
                     }
                 }
-                Err(store::Error::LeaseLost | store::Error::Cleared) => {
+                Err(error @ (store::Error::LeaseLost | store::Error::Cleared)) => {
                     tracing::info!("a turn that ran here was taken or cleared");
-                    return Ending::Lost;
+                    return Ending::Lost(outcome_of(&error));
                 }
                 // The turn goes on: the store may be back before it ends.
                 Err(error) => tracing::debug!(%error, "the log of a turn cannot be written"),
@@ -233,6 +253,7 @@ impl Runner {
 
     /// Gives history and new messages to the model, and passes on what it says.
     async fn ask(&self, ask: &Ask, answer: &mut Answer) -> Result<model::End, Error> {
+        let mut begun_at = Some(Instant::now());
         let newest = self.history(ask).await?;
         check_results(&newest, &ask.drafts)?;
         let history = window::choose(newest);
@@ -258,6 +279,9 @@ impl Runner {
                     delta.tool_calls.push(call);
                 }
                 Piece::End(end) => return Ok(end),
+            }
+            if let Some(begun_at) = begun_at.take() {
+                metrics::first_token(begun_at.elapsed());
             }
             let before = answer.size();
             answer.add(&delta);
@@ -313,7 +337,7 @@ impl Runner {
     }
 
     /// Stores question and answer in one step. Without an end, the answer was stopped.
-    async fn store(&self, ask: Ask, answer: Answer, end: Option<model::End>) {
+    async fn store(&self, ask: Ask, answer: Answer, end: Option<model::End>) -> Outcome {
         let mut draft = answer.draft();
         let interrupted = end.is_none();
         let mut finish_reason = FinishReason::Unspecified;
@@ -346,8 +370,10 @@ impl Runner {
                 usage,
             })
         });
-        let Some((number, TurnState::Completed { appended, .. })) = state.await else {
-            return;
+        let (number, appended) = match state.await {
+            Ok((number, TurnState::Completed { appended, .. })) => (number, appended),
+            Ok(_) => return Outcome::Failed,
+            Err(outcome) => return outcome,
         };
         let completed = Completed {
             messages: (appended.first_sequence..).zip(messages).collect(),
@@ -357,17 +383,32 @@ impl Runner {
         let completed = Box::new(completed);
         self.release();
         self.held.log.end(End::Completed { number, completed });
+        match interrupted {
+            true => Outcome::Stopped,
+            false => Outcome::Completed,
+        }
     }
 
     /// Ends the turn without storing anything in the history.
-    async fn fail(&self, error: Error) {
+    async fn fail(&self, error: Error) -> Outcome {
+        if matches!(error, Error::Model(_)) {
+            metrics::model_failed(error.reason().into_owned());
+        }
         // By its reason only: a provider's own words may quote the conversation.
         tracing::info!(reason = &*error.reason(), "a turn failed");
         let recorded = outcome::write(&Recorded::of(&error));
-        if self.end(Vec::new(), now_ms(), |_| recorded).await.is_some() {
-            self.release();
-        }
+        let outcome = match self.end(Vec::new(), now_ms(), |_| recorded).await {
+            Ok(_) => {
+                self.release();
+                match error {
+                    Error::TurnStopped => Outcome::Stopped,
+                    _ => Outcome::Failed,
+                }
+            }
+            Err(outcome) => outcome,
+        };
         self.held.log.end(End::Failed(error));
+        outcome
     }
 
     /// Makes room for the next turn on the session: who has the last event may begin it at once.
@@ -403,14 +444,16 @@ impl Runner {
     }
 
     /// Ends the turn in the store, however long that is away. Returns the number of the last event,
-    /// and how the turn ended; `None` if it is not this server's any more.
+    /// and how the turn ended; an error if it did not, or is not this server's any more.
     async fn end(
         &self,
         elements: Vec<bytes::Bytes>,
         time_ms: i64,
         outcome: impl FnOnce(i64) -> bytes::Bytes,
-    ) -> Option<(i64, TurnState)> {
+    ) -> Result<(i64, TurnState), Outcome> {
         let since = Instant::now();
+        let bytes: usize = elements.iter().map(bytes::Bytes::len).sum();
+        let mut kept: Option<KeptAnswer> = None;
         let mut outcome = Some(outcome);
         let mut pause = STORE_PAUSE_MIN;
         let mut end: Option<(i64, EndTurn)> = None;
@@ -428,7 +471,7 @@ impl Runner {
                 None => self.write_log().await.map(|()| None),
             };
             match tried {
-                Ok(Some(ended)) => return Some(ended),
+                Ok(Some(ended)) => return Ok(ended),
                 Ok(None) => {
                     let (chunk, _) = self.held.log.chunk();
                     let number = self.held.log.last_number();
@@ -448,13 +491,27 @@ impl Runner {
                 }
                 Err(error) if is_final(&error) || since.elapsed() >= KEEP_LIMIT => {
                     tracing::info!(%error, "a turn that ran here cannot be ended");
+                    let outcome = outcome_of(&error);
+                    if outcome == Outcome::Failed && bytes > 0 {
+                        metrics::kept_answer_dropped();
+                    }
                     self.held.log.end(match error {
                         store::Error::LeaseLost => End::Moved,
                         error => End::Failed(error.into()),
                     });
-                    return None;
+                    return Err(outcome);
                 }
                 Err(error) => {
+                    if kept.is_none() && bytes > 0 {
+                        kept = self.keep_answer(bytes);
+                        if kept.is_none() {
+                            // Who asks again later runs the turn anew, as if this server had died.
+                            tracing::warn!(%error, bytes, "no room to keep a turn for the store");
+                            metrics::kept_answer_dropped();
+                            self.held.log.end(End::Failed(error.into()));
+                            return Err(Outcome::Failed);
+                        }
+                    }
                     if !self.held.log.has_ended() {
                         tracing::warn!(%error, "the store does not take a turn; it is kept here");
                     }
@@ -463,12 +520,28 @@ impl Runner {
                 }
             }
             tokio::select! {
-                () = self.shared.abort.cancelled() => return None,
+                biased;
+                () = self.shared.abort.cancelled() => {
+                    if kept.is_some() {
+                        metrics::kept_answer_dropped();
+                    }
+                    return Err(Outcome::Moved);
+                }
                 () = self.held.poke.notified() => {}
                 () = sleep(pause) => {}
             }
             pause = (pause * 2).min(STORE_PAUSE_MAX);
         }
+    }
+
+    /// Makes room to keep an answer; `None` if there is none left.
+    fn keep_answer(&self, bytes: usize) -> Option<KeptAnswer> {
+        let size = u32::try_from(bytes).ok()?;
+        let room = Arc::clone(&self.shared.kept_bytes).try_acquire_many_owned(size);
+        Some(KeptAnswer {
+            _room: room.ok()?,
+            _counted: metrics::answer_kept(bytes),
+        })
     }
 
     /// Writes what of the log must be written before the turn can end.
@@ -480,7 +553,7 @@ impl Runner {
     }
 
     /// Leaves the turn to other servers, at once.
-    async fn give_up(&self) {
+    async fn give_up(&self) -> Outcome {
         let lease = Lease {
             lease_ms: 0,
             ..self.run.lease
@@ -490,6 +563,7 @@ impl Runner {
             tracing::debug!("a turn could not be given up; its lease runs out");
         }
         self.held.log.end(End::Failed(Error::ShuttingDown));
+        Outcome::Moved
     }
 }
 
@@ -497,6 +571,15 @@ impl Runner {
 const PIECE_BYTES: usize = 3;
 /// And a piece of a tool call.
 const CALL_BYTES: usize = 48;
+
+/// What a turn comes to that the store does not let this server end.
+fn outcome_of(error: &store::Error) -> Outcome {
+    match error {
+        store::Error::LeaseLost => Outcome::Moved,
+        store::Error::Cleared => Outcome::Cleared,
+        _ => Outcome::Failed,
+    }
+}
 
 /// Whether trying again is of no use.
 fn is_final(error: &store::Error) -> bool {

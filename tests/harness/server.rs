@@ -31,6 +31,8 @@ pub struct Options {
     pub watcher_patience: Duration,
     pub turn_limit: Duration,
     pub drain_limit: Duration,
+    pub lease: Duration,
+    pub kept_bytes_max: usize,
 }
 
 impl Default for Options {
@@ -43,6 +45,8 @@ impl Default for Options {
             watcher_patience: Duration::from_secs(60),
             turn_limit: Duration::from_secs(60),
             drain_limit: Duration::from_secs(10),
+            lease: turn::Settings::default().lease,
+            kept_bytes_max: turn::Settings::default().kept_bytes_max,
         }
     }
 }
@@ -51,6 +55,7 @@ pub struct TestServer {
     pub tcp: String,
     pub socket: PathBuf,
     pub store: Arc<dyn Store>,
+    pub turns: Turns,
     pub shutdown: CancellationToken,
     pub running: JoinHandle<std::io::Result<()>>,
     pub directory: tempfile::TempDir,
@@ -92,13 +97,15 @@ pub async fn server_on(
         turn::Settings {
             turn_limit: options.turn_limit,
             turns_max: options.turns_max,
+            lease: options.lease,
+            kept_bytes_max: options.kept_bytes_max,
             ..turn::Settings::default()
         },
     );
     let parts = Parts {
         listeners,
         store: Arc::clone(&store),
-        turns,
+        turns: turns.clone(),
         limits: service::Limits {
             requests_max: options.requests_max,
             watchers_max: options.watchers_max,
@@ -114,6 +121,7 @@ pub async fn server_on(
         tcp,
         socket,
         store,
+        turns,
         shutdown,
         running,
         directory,

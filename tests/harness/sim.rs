@@ -544,10 +544,6 @@ impl Store for Link {
         unreachable!("turns store with their end")
     }
 
-    async fn recall(&self, _: &SessionId, _: &RequestKey) -> store::Result<Option<Appended>> {
-        unreachable!("turns store with their end")
-    }
-
     async fn read(&self, _: &SessionId, read: Read) -> store::Result<Page> {
         self.call("read", None, false, move |state, _| {
             let db = &state.db;

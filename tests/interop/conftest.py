@@ -3,6 +3,7 @@ import os
 
 import pytest
 from harness import Redis, Server
+from provider import Provider
 
 LINE = os.environ["INTEROP_LINE"]
 _sessions = itertools.count()
@@ -20,6 +21,13 @@ def server(redis):
     program = Server(redis)
     yield program
     program.end()
+
+
+@pytest.fixture(scope="module")
+def provider():
+    provider = Provider()
+    yield provider
+    provider.http.shutdown()
 
 
 @pytest.fixture

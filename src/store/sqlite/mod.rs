@@ -21,8 +21,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::sessions::Upkeep;
 use super::{
-    Append, Appended, Bells, Cursor, Error, List, Page, Read, RequestKey, Result, SessionsPage,
-    Store,
+    Append, Appended, Bells, Cursor, Error, List, Page, Read, Result, SessionsPage, Store,
 };
 use crate::message::{SessionId, UnixMillis, now_ms};
 use open::Held;
@@ -391,14 +390,6 @@ impl Store for Sqlite {
             tables::append(db, &key, &append, &upkeep, now_ms)
         })
         .await
-    }
-
-    async fn recall(&self, session: &SessionId, request: &RequestKey) -> Result<Option<Appended>> {
-        let key = self.key(session);
-        let request = *request;
-        let clock = self.shared.clock.clone();
-        self.query(move |db| tables::recall(db, &key, &request, clock()))
-            .await
     }
 
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page> {

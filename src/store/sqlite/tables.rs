@@ -467,18 +467,6 @@ fn prune_expired(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
     Ok(false)
 }
 
-pub fn recall(
-    db: &Connection,
-    key: &str,
-    request: &RequestKey,
-    now_ms: UnixMillis,
-) -> Result<Option<Appended>> {
-    in_snapshot(db, || match session(db, key, now_ms)? {
-        Some(session) => remembered(db, session.number, request, now_ms),
-        None => Ok(None),
-    })
-}
-
 /// Reads a page. Says also whether the session is to be kept alive for it.
 pub fn read(
     db: &Connection,
