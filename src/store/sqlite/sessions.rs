@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
-use rusqlite::{Connection, Row, named_params};
+use rusqlite::{Connection, Row, Rows, named_params};
 use serde::Deserialize;
 
 use super::tables::{self, Session, is_alive};
@@ -71,26 +71,51 @@ macro_rules! columns {
     };
 }
 
-const RECENT: &str = concat!(
-    "SELECT ",
-    columns!(),
-    ", ",
-    is_alive!(),
-    " AS is_alive FROM sessions
-    WHERE forget_ms IS NULL AND (active_ms, number) < (:active_ms, :number)
-    ORDER BY active_ms DESC, number DESC LIMIT :limit"
-);
+// Each in two parts, those of the time where the walk stands and those before: SQLite seeks by a
+// number behind a time only where the time is one, and many sessions may have the same.
+const RECENT: [&str; 2] = [
+    concat!(
+        "SELECT ",
+        columns!(),
+        ", ",
+        is_alive!(),
+        " AS is_alive FROM sessions
+        WHERE forget_ms IS NULL AND active_ms = :active_ms AND number < :number
+        ORDER BY number DESC LIMIT :limit"
+    ),
+    concat!(
+        "SELECT ",
+        columns!(),
+        ", ",
+        is_alive!(),
+        " AS is_alive FROM sessions
+        WHERE forget_ms IS NULL AND active_ms < :active_ms AND :number IS NOT NULL
+        ORDER BY active_ms DESC, number DESC LIMIT :limit"
+    ),
+];
 
-const RECENT_WITH: &str = concat!(
-    "SELECT ",
-    columns!(),
-    ", forget_ms IS NULL AND ",
-    is_alive!(),
-    " AS is_alive FROM session_pairs JOIN sessions ON number = session
-    WHERE name = :name AND value = :value
-        AND (session_pairs.active_ms, session) < (:active_ms, :number)
-    ORDER BY session_pairs.active_ms DESC, session DESC LIMIT :limit"
-);
+const RECENT_WITH: [&str; 2] = [
+    concat!(
+        "SELECT ",
+        columns!(),
+        ", forget_ms IS NULL AND ",
+        is_alive!(),
+        " AS is_alive FROM session_pairs JOIN sessions ON number = session
+        WHERE name = :name AND value = :value AND session_pairs.active_ms = :active_ms
+            AND session < :number
+        ORDER BY session DESC LIMIT :limit"
+    ),
+    concat!(
+        "SELECT ",
+        columns!(),
+        ", forget_ms IS NULL AND ",
+        is_alive!(),
+        " AS is_alive FROM session_pairs JOIN sessions ON number = session
+        WHERE name = :name AND value = :value AND session_pairs.active_ms < :active_ms
+            AND :number IS NOT NULL
+        ORDER BY session_pairs.active_ms DESC, session DESC LIMIT :limit"
+    ),
+];
 
 /// What else a write to a session's elements brings with it.
 pub fn written(
@@ -412,71 +437,106 @@ fn list(
     key_prefix: &str,
     now_ms: UnixMillis,
 ) -> Result<RecentPage> {
-    let key_begin = format!("{key_prefix}{}", list.prefix);
-    let from = list.cursor.as_ref().and_then(Place::parse);
-    let from = from.unwrap_or(Place::TOP);
-    let limit = tables::sql_limit(LOOKED_AT_MAX);
-    let mut page = RecentPage::default();
-    let mut place = from;
-    let mut looked_at = 0;
-    let mut visit = |row: &Row<'_>| -> Result<bool> {
-        looked_at += 1;
-        let is_alive: bool = row.get("is_alive")?;
+    let mut visit = Visit {
+        db,
+        list,
+        key_prefix,
+        key_begin: format!("{key_prefix}{}", list.prefix),
+        now_ms,
+        place: list
+            .cursor
+            .as_ref()
+            .and_then(Place::parse)
+            .unwrap_or(Place::TOP),
+        looked_at: 0,
+        found: Vec::new(),
+    };
+    let from = visit.place;
+    let mut has_more = false;
+    for part in 0..2 {
+        let limit = (LOOKED_AT_MAX - visit.looked_at) as i64;
+        let (active_ms, number) = (from.active_ms, from.number);
+        let common = named_params! {
+            ":active_ms": active_ms, ":number": number, ":limit": limit, ":now_ms": now_ms,
+        };
+        let is_all = match list.metadata.first_key_value() {
+            None => {
+                let mut statement = db.prepare_cached(RECENT[part])?;
+                let mut rows = statement.query(common)?;
+                visit.all(&mut rows)?
+            }
+            Some((name, value)) => {
+                let mut statement = db.prepare_cached(RECENT_WITH[part])?;
+                let both = [common, named_params! {":name": name, ":value": value}].concat();
+                let mut rows = statement.query(&*both)?;
+                visit.all(&mut rows)?
+            }
+        };
+        has_more = !is_all || visit.looked_at == LOOKED_AT_MAX;
+        if has_more {
+            break;
+        }
+    }
+    Ok(RecentPage {
+        next: has_more.then(|| visit.place.cursor()),
+        sessions: visit.found,
+    })
+}
+
+/// One page's way down the list.
+struct Visit<'a> {
+    db: &'a Connection,
+    list: &'a ListRecent,
+    key_prefix: &'a str,
+    /// What the keys of sessions begin with that are wanted.
+    key_begin: String,
+    now_ms: UnixMillis,
+    /// Where it stands.
+    place: Place,
+    looked_at: usize,
+    found: Vec<(SessionId, Seen)>,
+}
+
+impl Visit<'_> {
+    /// Looks at rows until it has enough. Says whether it has looked at all.
+    fn all(&mut self, rows: &mut Rows<'_>) -> Result<bool> {
+        while let Some(row) = rows.next()? {
+            self.one(row)?;
+            if self.found.len() >= self.list.limit.max(1) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn one(&mut self, row: &Row<'_>) -> Result<()> {
         let session = Session::from_row(row)?;
-        place = Place {
+        self.looked_at += 1;
+        self.place = Place {
             active_ms: session.active_ms,
             number: session.number,
         };
-        let id = session.key.strip_prefix(key_prefix).map(SessionId::parse);
-        if is_alive
-            && session.key.starts_with(&key_begin)
-            && let Some(Ok(id)) = id
-        {
-            let seen = see(db, session, key_prefix, Look::default(), now_ms)?;
-            let mut pairs = list.metadata.iter();
-            if seen.count > 0
-                && pairs.all(|(name, value)| seen.about.metadata.get(name) == Some(value))
-            {
-                page.sessions.push((id, seen));
-            }
+        let is_alive: bool = row.get("is_alive")?;
+        if !is_alive || !session.key.starts_with(&self.key_begin) {
+            return Ok(());
         }
-        Ok(page.sessions.len() < list.limit.max(1))
-    };
-
-    let is_end = match list.metadata.first_key_value() {
-        None => {
-            let mut statement = db.prepare_cached(RECENT)?;
-            let mut rows = statement.query(named_params! {
-                ":active_ms": from.active_ms, ":number": from.number, ":limit": limit,
-                ":now_ms": now_ms,
-            })?;
-            walk(&mut rows, &mut visit)?
+        // Other programs' keys may be no session's.
+        let Ok(id) = SessionId::parse(&session.key[self.key_prefix.len()..]) else {
+            return Ok(());
+        };
+        let seen = see(
+            self.db,
+            session,
+            self.key_prefix,
+            Look::default(),
+            self.now_ms,
+        )?;
+        let has = |(name, value)| seen.about.metadata.get(name) == Some(value);
+        if seen.count > 0 && self.list.metadata.iter().all(has) {
+            self.found.push((id, seen));
         }
-        Some((name, value)) => {
-            let mut statement = db.prepare_cached(RECENT_WITH)?;
-            let mut rows = statement.query(named_params! {
-                ":active_ms": from.active_ms, ":number": from.number, ":limit": limit,
-                ":now_ms": now_ms, ":name": name, ":value": value,
-            })?;
-            walk(&mut rows, &mut visit)?
-        }
-    };
-    let is_last = is_end && looked_at < LOOKED_AT_MAX;
-    page.next = (!is_last).then(|| place.cursor());
-    Ok(page)
-}
-
-/// Shows rows until it has shown all, or `visit` has enough. Says whether it has shown all.
-fn walk(
-    rows: &mut rusqlite::Rows<'_>,
-    visit: &mut impl FnMut(&Row<'_>) -> Result<bool>,
-) -> Result<bool> {
-    while let Some(row) = rows.next()? {
-        if !visit(row)? {
-            return Ok(false);
-        }
+        Ok(())
     }
-    Ok(true)
 }
 
 #[async_trait]
@@ -565,19 +625,22 @@ mod tests {
     /// Both parts of a place are looked up: many sessions may have one time.
     #[test]
     fn a_walk_over_the_list_begins_where_it_stands() {
+        let sessions = "SEARCH sessions USING INDEX sessions_active";
+        let pairs = "SEARCH session_pairs USING COVERING INDEX session_pairs_active";
         for (statement, range) in [
+            (RECENT[0], format!("{sessions} (active_ms=? AND number<?)")),
+            (RECENT[1], format!("{sessions} (active_ms<?)")),
             (
-                RECENT,
-                "SEARCH sessions USING INDEX sessions_active ((active_ms,number)<(?,?))",
+                RECENT_WITH[0],
+                format!("{pairs} (name=? AND value=? AND active_ms=? AND session<?)"),
             ),
             (
-                RECENT_WITH,
-                "SEARCH session_pairs USING COVERING INDEX session_pairs_active \
-                 (name=? AND value=? AND (active_ms,session)<(?,?))",
+                RECENT_WITH[1],
+                format!("{pairs} (name=? AND value=? AND active_ms<?)"),
             ),
         ] {
             let steps = plan(statement);
-            assert!(steps.iter().any(|step| step == range), "{steps:#?}");
+            assert!(steps.contains(&range), "{steps:#?}");
             assert!(
                 !steps.iter().any(|step| step.contains("TEMP B-TREE")),
                 "{steps:#?}"
