@@ -35,6 +35,7 @@ if session.is_cleared then
   -- First, since deleting is allowed when memory has run out, and then so is the rest.
   redis.call('UNLINK', TURNS)
   save(session)
+  ring()
   return { 'cleared' }
 end
 local now = session.now
@@ -66,4 +67,5 @@ write(turn, record, others, now)
 if is_completed then
   redis.call('HDEL', TURNS, request_field(turn))
 end
+ring()
 return { 'ended', state_of(record, now) }
