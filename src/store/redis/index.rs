@@ -474,7 +474,7 @@ impl Entries {
         let values = self.query(&commands).await?;
         if !matches!(values.first(), Some(Value::Okay)) {
             let left = match values.get(1) {
-                Some(Value::Int(left)) => Duration::from_millis(u64::try_from(*left).unwrap_or(0)),
+                Some(Value::Int(left @ 0..)) => Duration::from_millis(left.unsigned_abs()),
                 _ => ROUND_MIN,
             };
             return Ok(left + Duration::from_millis(rand::random_range(1..100)));
