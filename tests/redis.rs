@@ -10,6 +10,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use chat_memory::message::SessionId;
 use chat_memory::store::redis::{InvalidSettings, Redis as RedisStore, Settings};
+use chat_memory::store::sessions::{
+    Fork, Forked, ListRecent, Look, Origin, REWINDS_MAX, Rewind, Rewound, Seen, SessionStore as _,
+    Update, Upkeep,
+};
 use chat_memory::store::turns::{
     BeginTurn, Begun, Chunk, EndTurn, FollowTurn, KeepTurn, Lease, Leased, Stop, TakeTurn, Taken,
     Token, TurnId, TurnState, TurnStore as _,
@@ -114,11 +118,23 @@ fn show(page: &Page) -> String {
     elements.join(" ")
 }
 
-/// All that a server holds: each key, and its contents as DUMP gives them.
+/// The index of sessions, which is written a moment after the sessions.
+const INDEX: [&str; 5] = [
+    "{message_store:}:sessions",
+    "{message_store:}:names",
+    "{message_store:}:pairs",
+    "{message_store:}:pair:",
+    "{message_store:}:round",
+];
+
+/// All that a server holds but the index: each key, and its contents as DUMP gives them.
 async fn contents(redis: &Redis) -> BTreeMap<String, Vec<u8>> {
     let keys: Vec<String> = redis.command(&["KEYS", "*"]).await;
     let mut contents = BTreeMap::new();
     for key in keys {
+        if INDEX.iter().any(|index| key.starts_with(index)) {
+            continue;
+        }
         let dump = redis.command(&["DUMP", &key]).await;
         contents.insert(key, dump);
     }
@@ -641,7 +657,8 @@ impl Monitor {
         line.trim_end().to_owned()
     }
 
-    /// The commands since the last call, without pings: those of clients, and those of scripts.
+    /// The commands since the last call, without pings and without those that keep the index of
+    /// sessions: those of clients, and those of scripts.
     async fn commands(&mut self, redis: &Redis) -> (Vec<String>, Vec<String>) {
         let _: String = redis.command(&["ECHO", "end of monitoring"]).await;
         let (mut of_clients, mut of_scripts) = (Vec::new(), Vec::new());
@@ -652,6 +669,15 @@ impl Monitor {
             }
             // `+1700000000.1 [0 lua] "LLEN" "key"`
             let (origin, command) = line.split_once("] ").expect("a monitored command");
+            let of_the_index = ["SCAN", "DBSIZE", "EXISTS"];
+            let is_of_the_index = of_the_index
+                .iter()
+                .any(|word| command[1..].starts_with(word))
+                || INDEX.iter().any(|key| command.contains(key))
+                || command.starts_with("\"LLEN\"") && !origin.ends_with(" lua");
+            if is_of_the_index {
+                continue;
+            }
             if origin.ends_with(" lua") {
                 of_scripts.push(command.to_owned());
             } else if !command.starts_with("\"PING\"") && !command.contains("\"CLIENT\"") {
@@ -1222,6 +1248,1034 @@ async fn those_who_wait_have_the_turn_in_order() {
         (anew.attempt, anew.first_event, anew.next_chunk),
         (2, 101, 0)
     );
+}
+
+// Sessions as a whole.
+
+/// A store that does things by itself, on the same server.
+async fn store_with(redis: &Redis, upkeep: Upkeep) -> RedisStore {
+    let store = RedisStore::connect(Settings {
+        upkeep,
+        ..settings(redis.url())
+    })
+    .unwrap();
+    store.ready(LIMIT).await.unwrap();
+    store
+}
+
+fn rewinding(id: &str, after: i64) -> Rewind {
+    Rewind {
+        after,
+        request: RequestKey::new("rewind", id, &after.to_be_bytes()),
+        time_ms: 1,
+    }
+}
+
+async fn rewind(store: &RedisStore, id: &str, after: i64) -> Rewound {
+    store
+        .rewind(&session(), rewinding(id, after))
+        .await
+        .unwrap()
+}
+
+async fn look(store: &RedisStore) -> Seen {
+    store.look(&session(), Look::default()).await.unwrap()
+}
+
+fn human(text: &str) -> String {
+    format!(r#"{{"type": "human", "data": {{"content": "{text}"}}}}"#)
+}
+
+/// Numbers that look random, the same in each run (splitmix64).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, end: i64) -> i64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ (mixed >> 31)) % end.max(1) as u64) as i64
+    }
+}
+
+/// What a session must hold: elements with their sequences.
+#[derive(Default)]
+struct Model {
+    elements: Vec<(i64, String)>,
+    last: i64,
+    elements_max: Option<usize>,
+}
+
+impl Model {
+    fn push(&mut self, element: String) {
+        self.last += 1;
+        self.elements.push((self.last, element));
+    }
+
+    /// As the contract says it: whole exchanges, and never the newest.
+    fn trim(&mut self) {
+        let Some(max) = self.elements_max.filter(|max| self.elements.len() > *max) else {
+            return;
+        };
+        let users: Vec<usize> = (0..self.elements.len())
+            .filter(|index| self.elements[*index].1.contains("human"))
+            .collect();
+        let enough = self.elements.len() - max;
+        let cut = users
+            .iter()
+            .find(|index| **index >= enough)
+            .or(users.last());
+        self.elements.drain(..cut.copied().unwrap_or(0));
+    }
+
+    fn show(&self) -> String {
+        let show = |(sequence, element): &(i64, String)| format!("{sequence}:{element}");
+        self.elements.iter().map(show).collect::<Vec<_>>().join(" ")
+    }
+}
+
+#[tokio::test]
+async fn a_thousand_rewinds_between_everybodys_writes_leave_the_sequences_that_a_model_has() {
+    for (seed, elements_max) in [(1, None), (2, Some(25))] {
+        let redis = Redis::start().await;
+        let upkeep = Upkeep {
+            elements_max,
+            ..Upkeep::default()
+        };
+        let store = store_with(&redis, upkeep).await;
+        let mut client = redis.client().await.unwrap();
+        let mut numbers = Numbers(seed);
+        let mut model = Model {
+            elements_max,
+            ..Model::default()
+        };
+        let mut rewinds = 0;
+        while rewinds < 1_000 {
+            let step = model.last;
+            let count = 1 + numbers.below(4);
+            let new: Vec<String> = (0..count)
+                .map(|n| match numbers.below(3) {
+                    0 => human(&format!("{step}-{n}")),
+                    _ => format!("{step}-{n}"),
+                })
+                .collect();
+            match numbers.below(5) {
+                0 | 1 => {
+                    let elements: Vec<&str> = new.iter().map(String::as_str).collect();
+                    let mut appending = appending(&elements);
+                    appending.request = request(&format!("{rewinds} {step}"));
+                    appending.expected_last_sequence = Some(model.last);
+                    let appended = store.append(&session(), appending).await.unwrap();
+                    assert_eq!(appended.first_sequence, model.last + 1);
+                    new.into_iter().for_each(|element| model.push(element));
+                    model.trim();
+                }
+                2 => {
+                    let mut push = redis::cmd("LPUSH");
+                    push.arg(LIST).arg(&new);
+                    let _: i64 = push.query_async(&mut client).await.unwrap();
+                    new.into_iter().for_each(|element| model.push(element));
+                }
+                _ => {
+                    let after = match numbers.below(50) {
+                        0 => 0,
+                        _ => (model.last - numbers.below(12)).max(0),
+                    };
+                    let rewound = rewind(&store, &format!("{rewinds}"), after).await;
+                    let before = model.elements.len();
+                    model.elements.retain(|(sequence, _)| *sequence <= after);
+                    let count = (before - model.elements.len()) as i64;
+                    assert_eq!(rewound, Rewound::Done { count });
+                    rewinds += 1;
+                }
+            }
+            let page = read(&store).await;
+            assert_eq!(show(&page), model.show());
+            assert_eq!((page.last_sequence, page.epoch), (model.last, Epoch(0)));
+
+            let all: Vec<(i64, usize)> = model
+                .elements
+                .iter()
+                .map(|(sequence, element)| (*sequence, element.len()))
+                .collect();
+            let some = Read {
+                order: [Order::OldestFirst, Order::NewestFirst][numbers.below(2) as usize],
+                after: numbers.below(model.last + 3),
+                before: (numbers.below(2) == 0).then(|| numbers.below(model.last + 3)),
+                last: (numbers.below(2) == 0).then(|| 1 + numbers.below(9) as usize),
+                limit: 1 + numbers.below(12) as usize,
+                bytes_max: 1 << 20,
+            };
+            let page = store.read(&session(), some).await.unwrap();
+            check_page(&page, some, &all, model.last);
+
+            let at = numbers.below(model.last + 2);
+            let with_floor = Look {
+                at,
+                with_request: false,
+            };
+            let seen = store.look(&session(), with_floor).await.unwrap();
+            let floor = all.iter().rev().find(|(sequence, _)| *sequence <= at);
+            assert_eq!(seen.floor, floor.map_or(0, |(sequence, _)| *sequence));
+            assert_eq!(seen.count, all.len() as i64);
+            assert_eq!(seen.first_sequence, all.first().map_or(0, |(s, _)| *s));
+            assert_eq!(seen.last_sequence, model.last);
+        }
+    }
+}
+
+#[tokio::test]
+async fn places_after_which_was_rewound_are_bounded_and_go_with_a_clear() {
+    let (redis, store) = start().await;
+    append(&store, &["first"]).await;
+    for n in 0..REWINDS_MAX {
+        let written = append(&store, &[&format!("stays {n}"), "goes"]).await;
+        let rewound = rewind(&store, &format!("{n}"), written.first_sequence).await;
+        assert_eq!(rewound, Rewound::Done { count: 1 });
+    }
+    let written = append(&store, &["stays", "goes"]).await;
+    let last = written.first_sequence;
+    assert_eq!(rewind(&store, "one more", last).await, Rewound::TooMany);
+    assert_eq!(look(&store).await.count, REWINDS_MAX as i64 + 3);
+    // Where others were rewound, one more costs nothing.
+    let rewound = rewind(&store, "merged", last - 2).await;
+    assert_eq!(rewound, Rewound::Done { count: 2 });
+    append(&store, &["another"]).await;
+    store.clear(&session()).await.unwrap();
+    assert!(!redis.command::<bool>(&["HEXISTS", FACTS, "gaps"]).await);
+    let last = look(&store).await.last_sequence;
+    assert_eq!(append(&store, &["next"]).await.first_sequence, last + 1);
+}
+
+#[tokio::test]
+async fn a_list_that_others_deleted_after_a_rewind_is_recognised_too() {
+    for refilled in 0..=5 {
+        let (redis, store) = start().await;
+        append(&store, &["a", "b", "c", "d"]).await;
+        rewind(&store, "r", 2).await;
+        append(&store, &["e"]).await;
+        assert_eq!(show(&read(&store).await), "1:a 2:b 5:e");
+        let _: i64 = redis.command(&["DEL", LIST]).await;
+        for n in 0..refilled {
+            let _: i64 = redis.command(&["LPUSH", LIST, &format!("new {n}")]).await;
+        }
+        let page = read(&store).await;
+        assert_eq!((page.last_sequence, page.epoch), (5 + refilled, Epoch(1)));
+        let first = page.elements.first().map(|element| element.sequence);
+        assert_eq!(first, (refilled > 0).then_some(6));
+    }
+}
+
+#[tokio::test]
+async fn a_rewind_happens_once_waits_for_no_turn_and_forgets_those_that_stored_what_went() {
+    let (redis, store) = start().await;
+    let done = async |name: &str| {
+        begin(&store, beginning(name)).await;
+        let elements = [format!("q {name}"), format!("a {name}")];
+        let elements: Vec<&str> = elements.iter().map(String::as_str).collect();
+        let ended = store
+            .end_turn(&session(), ending(name, TOKEN, &elements))
+            .await;
+        assert!(
+            matches!(ended, Ok(TurnState::Completed { .. })),
+            "{ended:?}"
+        );
+    };
+    done("t1").await;
+    done("t2").await;
+    done("t3").await;
+    begin(&store, beginning("failed")).await;
+    let ended = store
+        .end_turn(&session(), ending("failed", TOKEN, &[]))
+        .await;
+    assert!(matches!(ended, Ok(TurnState::Failed { .. })));
+
+    begin(&store, beginning("t4")).await;
+    let before = contents(&redis).await;
+    let busy = rewind(&store, "r", 3).await;
+    let turn_4 = turn("t4");
+    assert_eq!(
+        busy,
+        Rewound::Busy {
+            turn: turn_4,
+            name: "t4".into()
+        }
+    );
+    assert_eq!(contents(&redis).await, before);
+    store
+        .end_turn(&session(), ending("t4", TOKEN, &["q t4"]))
+        .await
+        .unwrap();
+
+    // In the middle of the second turn: it goes, too.
+    assert_eq!(rewind(&store, "r", 3).await, Rewound::Done { count: 4 });
+    assert_eq!(show(&read(&store).await), "1:q t1 2:a t1 3:q t2");
+    let known = async |name: &str| {
+        let follow = FollowTurn {
+            turn: turn(name),
+            from_chunk: 0,
+            bytes_max: 1,
+            is_noted: false,
+        };
+        store
+            .follow_turn(&session(), follow)
+            .await
+            .unwrap()
+            .is_some()
+    };
+    assert!(known("t1").await && known("failed").await);
+    assert!(!known("t2").await && !known("t3").await && !known("t4").await);
+    assert_eq!(look(&store).await.turn.unwrap().name, "failed");
+
+    append(&store, &["next"]).await;
+    assert_eq!(rewind(&store, "r", 3).await, Rewound::Done { count: 4 });
+    let mut other = rewinding("r", 3);
+    other.request.fingerprint = [7; 16];
+    let reused = store.rewind(&session(), other).await;
+    assert_eq!(reused, Err(Error::RequestReused));
+    assert_eq!(show(&read(&store).await), "1:q t1 2:a t1 3:q t2 8:next");
+
+    // To the end of the first turn, which stays; then to nothing.
+    rewind(&store, "s", 2).await;
+    assert!(known("t1").await);
+    rewind(&store, "t", 0).await;
+    assert!(!known("t1").await);
+    assert_eq!(redis.command::<i64>(&["EXISTS", LIST]).await, 0);
+    let seen = look(&store).await;
+    assert_eq!(
+        (seen.count, seen.last_sequence, seen.epoch),
+        (0, 8, Epoch(0))
+    );
+    done("t5").await;
+    assert_eq!(look(&store).await.turn.unwrap().name, "t5");
+    assert_eq!(show(&read(&store).await), "9:q t5 10:a t5");
+}
+
+#[tokio::test]
+async fn a_redis_without_memory_can_be_rewound() {
+    let (redis, store) = start().await;
+    append(&store, &["a", "b", "c"]).await;
+    let _: Value = redis.command(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    assert_eq!(rewind(&store, "r", 1).await, Rewound::Done { count: 2 });
+    assert_eq!(rewind(&store, "r", 1).await, Rewound::Done { count: 2 });
+    let before = contents(&redis).await;
+    let nothing = store.rewind(&session(), rewinding("s", 1)).await;
+    assert!(matches!(nothing, Err(Error::Full(_))), "{nothing:?}");
+    assert_eq!(contents(&redis).await, before);
+    let _: Value = redis.command(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    assert_eq!(append(&store, &["d"]).await.first_sequence, 4);
+}
+
+#[tokio::test]
+async fn a_time_to_live_starts_anew_with_each_write_and_holds_for_all_keys() {
+    let redis = Redis::start().await;
+    let hour = 3_600_000;
+    let upkeep = Upkeep {
+        ttl_ms: Some(hour),
+        ..Upkeep::default()
+    };
+    let store = store_with(&redis, upkeep).await;
+    let age = async || {
+        for key in keys(&redis).await {
+            let _: i64 = redis.command(&["PEXPIRE", &key, "60000"]).await;
+        }
+        // What the turn's record says of the list is as old.
+        read(&store).await;
+    };
+    let is_anew = async |of: i64| {
+        for key in keys(&redis).await {
+            if key != TURNS && key != RUNNING {
+                assert_close(pttl(&redis, &key).await, of);
+            }
+        }
+        let expires_ms = look(&store).await.expires_ms.unwrap();
+        assert_close(expires_ms - unix_ms(&redis).await, of);
+    };
+    append(&store, &["a"]).await;
+    is_anew(hour).await;
+    age().await;
+    assert_close(pttl(&redis, LIST).await, 60_000);
+    append(&store, &["b"]).await;
+    is_anew(hour).await;
+    begin(&store, beginning("t")).await;
+    age().await;
+    store
+        .end_turn(&session(), ending("t", TOKEN, &["q", "a"]))
+        .await
+        .unwrap();
+    is_anew(hour).await;
+
+    // The session's own comes first; 0 is for ever; none is the store's again.
+    let set = async |ttl_ms| {
+        let update = Update {
+            ttl_ms: Some(ttl_ms),
+            ..Update::default()
+        };
+        let seen = store.update_session(&session(), update).await.unwrap();
+        assert_eq!(seen.unwrap().about.ttl_ms, ttl_ms);
+    };
+    set(Some(5 * hour)).await;
+    is_anew(5 * hour).await;
+    age().await;
+    append(&store, &["c"]).await;
+    is_anew(5 * hour).await;
+    set(Some(0)).await;
+    append(&store, &["d"]).await;
+    assert_eq!(pttl(&redis, LIST).await, -1);
+    assert_eq!(pttl(&redis, FACTS).await, -1);
+    assert_eq!(look(&store).await.expires_ms, None);
+    set(None).await;
+    is_anew(hour).await;
+
+    // Without one of the store's, the expiry that we have set goes, and one of others stands.
+    let plain = store_at(redis.url()).await;
+    let update = |ttl_ms| Update {
+        ttl_ms: Some(ttl_ms),
+        ..Update::default()
+    };
+    let seen = plain.update_session(&session(), update(None)).await;
+    assert!(seen.unwrap().unwrap().expires_ms.is_some());
+    plain
+        .update_session(&session(), update(Some(hour)))
+        .await
+        .unwrap();
+    let seen = plain.update_session(&session(), update(None)).await;
+    assert_eq!(seen.unwrap().unwrap().expires_ms, None);
+}
+
+#[tokio::test]
+async fn reads_extend_a_life_if_asked_but_do_not_write_each_time() {
+    let redis = Redis::start().await;
+    let upkeep = Upkeep {
+        ttl_ms: Some(100_000),
+        reads_extend: true,
+        ..Upkeep::default()
+    };
+    let store = store_with(&redis, upkeep).await;
+    append(&store, &["a"]).await;
+    let mut monitor = Monitor::start(&redis).await;
+    read(&store).await;
+    let (_, of_scripts) = monitor.commands(&redis).await;
+    let is_write = |command: &&String| command.contains("PEXPIRE") || command.contains("HSET");
+    assert_eq!(of_scripts.iter().find(is_write), None);
+
+    let _: i64 = redis.command(&["PEXPIRE", LIST, "94000"]).await;
+    read(&store).await;
+    assert_close(pttl(&redis, LIST).await, 100_000);
+    assert!(pttl(&redis, LIST).await > 95_000);
+    assert!(pttl(&redis, FACTS).await > 95_000);
+    // One that others have made, too.
+    let _: i64 = redis.command(&["PERSIST", LIST]).await;
+    read(&store).await;
+    assert_close(pttl(&redis, LIST).await, 100_000);
+}
+
+#[tokio::test]
+async fn what_is_said_of_a_session_goes_when_others_delete_it_and_when_it_expires() {
+    let (redis, store) = start().await;
+    let update = Update {
+        title: Some("secret title".into()),
+        metadata: Some([("k".to_owned(), "v".to_owned())].into()),
+        ttl_ms: Some(Some(3_600_000)),
+    };
+    let nothing = store.update_session(&session(), update.clone()).await;
+    assert_eq!(nothing, Ok(None), "it has no elements");
+    assert!(keys(&redis).await.is_empty());
+    for ends in ["DEL", "PEXPIRE"] {
+        append(&store, &["a"]).await;
+        let seen = store.update_session(&session(), update.clone()).await;
+        let seen = seen.unwrap().unwrap();
+        assert_eq!(seen.about.title, "secret title");
+        assert_eq!(look(&store).await.about, seen.about);
+        assert_eq!(seen.about.metadata, update.metadata.clone().unwrap());
+        match ends {
+            "DEL" => redis.command::<i64>(&["DEL", LIST]).await,
+            _ => redis.command::<i64>(&["PEXPIRE", LIST, "1"]).await,
+        };
+        eventually("the list goes", async || {
+            redis.command::<i64>(&["EXISTS", LIST]).await == 0
+        })
+        .await;
+        assert_eq!(look(&store).await.about, Default::default());
+        for field in ["title", "metadata", "ttl"] {
+            assert!(!redis.command::<bool>(&["HEXISTS", FACTS, field]).await);
+        }
+        append(&store, &["b"]).await;
+        assert_eq!(look(&store).await.about, Default::default());
+        store.clear(&session()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn trimming_knows_users_by_any_spelling_and_looks_at_a_bounded_number_of_elements() {
+    let redis = Redis::start().await;
+    let upkeep = Upkeep {
+        elements_max: Some(10),
+        ..Upkeep::default()
+    };
+    let store = store_with(&redis, upkeep).await;
+    let spelled = r#"{"data":{"content":"\"type\": \"ai\""},"type":"human"}"#;
+    let quoting = r#"{"type": "ai", "data": {"content": {"type": "human"}}}"#;
+    let broken = r#"{"type":"human""#;
+    let mut elements = vec![human("1"), quoting.into(), broken.into(), "x".into()];
+    elements.extend([spelled.to_owned(), "y".to_owned()]);
+    elements.extend((0..6).map(|n| n.to_string()));
+    let elements: Vec<&str> = elements.iter().map(String::as_str).collect();
+    // Two too many: the next exchange begins at the fifth.
+    append(&store, &elements).await;
+    assert_eq!(read(&store).await.elements[0].sequence, 5);
+    let list: Vec<String> = redis.command(&["LRANGE", LIST, "0", "-1"]).await;
+    assert_eq!((list.len(), list[7].as_str()), (8, spelled));
+
+    // The newest exchange stays, however long it is.
+    for n in 0..30 {
+        append(&store, &[&format!("of the newest {n}")]).await;
+    }
+    let page = read(&store).await;
+    assert_eq!((page.elements.len(), page.elements[0].sequence), (38, 5));
+    append(&store, &[&human("next")]).await;
+    assert_eq!(read(&store).await.elements.len(), 1);
+
+    // A long exchange of others in between.
+    let mut client = redis.client().await.unwrap();
+    let mut push = redis::cmd("LPUSH");
+    push.arg(LIST).arg(human("long"));
+    push.arg(vec!["of a long one"; 5_000]).arg(human("last"));
+    let _: i64 = push.query_async(&mut client).await.unwrap();
+    let mut monitor = Monitor::start(&redis).await;
+    append(&store, &["answer"]).await;
+    let (_, of_scripts) = monitor.commands(&redis).await;
+    let of_negatives = of_scripts
+        .iter()
+        .filter(|command| command.contains("LRANGE"));
+    let looked_at: i64 = elements_fetched(&of_negatives.cloned().collect::<Vec<_>>());
+    assert!((1..=1_000).contains(&looked_at), "{looked_at}");
+    assert_eq!(show(&read(&store).await).matches("last").count(), 1);
+}
+
+#[tokio::test]
+async fn a_look_and_a_rewind_cost_the_same_at_any_length() {
+    let (redis, store) = start().await;
+    let fill = "for i = 1, ARGV[1] / 1000 do local t = {} for j = 1, 1000 do t[j] = 'e' end \
+                redis.call('LPUSH', KEYS[1], unpack(t)) end";
+    // The script is loaded.
+    rewind(&store, "r", 0).await;
+    let mut costs = Vec::new();
+    for count in [1_000, 1_000_000] {
+        let id = SessionId::parse(format!("s{count}")).unwrap();
+        let key = format!("message_store:{id}");
+        let _: Value = redis
+            .command(&["EVAL", fill, "1", &key, &count.to_string()])
+            .await;
+        store.look(&id, Look::default()).await.unwrap();
+        let mut monitor = Monitor::start(&redis).await;
+        let at = Look {
+            at: count / 2,
+            with_request: true,
+        };
+        let seen = store.look(&id, at).await.unwrap();
+        assert_eq!((seen.count, seen.floor), (count, count / 2));
+        let looking = monitor.commands(&redis).await;
+        let rewound = store.rewind(&id, rewinding("r", count - 10)).await;
+        assert_eq!(rewound, Ok(Rewound::Done { count: 10 }));
+        let rewinding = monitor.commands(&redis).await;
+        costs.push([
+            (
+                looking.0.len(),
+                looking.1.len(),
+                elements_fetched(&looking.1),
+            ),
+            (
+                rewinding.0.len(),
+                rewinding.1.len(),
+                elements_fetched(&rewinding.1),
+            ),
+        ]);
+    }
+    assert_eq!(costs[0], costs[1]);
+    let [(looks, of_look, fetched), (rewinds, ..)] = costs[0];
+    assert_eq!((looks, fetched, rewinds), (1, 1, 1));
+    assert!(of_look <= 8, "{of_look}");
+}
+
+fn listing(limit: usize) -> ListRecent {
+    ListRecent {
+        limit,
+        ..ListRecent::default()
+    }
+}
+
+/// Walks over all pages; returns the ids.
+async fn walk(store: &RedisStore, mut list: ListRecent) -> Vec<String> {
+    let mut ids = Vec::new();
+    loop {
+        let page = store.list_sessions(list.clone()).await.unwrap();
+        assert!(page.sessions.len() <= list.limit);
+        ids.extend(page.sessions.iter().map(|(id, _)| id.to_string()));
+        list.cursor = page.next;
+        if list.cursor.is_none() {
+            return ids;
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_index_finds_what_others_make_write_and_delete() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    assert_eq!(walk(&store, listing(10)).await, ["s"], "own writes at once");
+    let _: i64 = redis
+        .command(&["LPUSH", "message_store:theirs", &human("hi")])
+        .await;
+    let _: i64 = redis.command(&["SADD", "message_store:no list", "x"]).await;
+    eventually("a new list turns up", async || {
+        walk(&store, listing(1)).await == ["theirs", "s"]
+    })
+    .await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    eventually("a write moves a session up", async || {
+        walk(&store, listing(1)).await == ["s", "theirs"]
+    })
+    .await;
+    let page = store.list_sessions(listing(1)).await.unwrap();
+    let seen = &page.sessions[0].1;
+    assert_eq!((seen.count, seen.last_sequence), (2, 2));
+    assert_eq!(seen.active_ms, look(&store).await.active_ms);
+
+    let update = Update {
+        metadata: Some([("k".to_owned(), "v".to_owned())].into()),
+        ..Update::default()
+    };
+    store.update_session(&session(), update).await.unwrap();
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+    assert_eq!(walk(&store, listing(1)).await, ["theirs"], "at once");
+    let _: i64 = redis.command(&["DEL", "message_store:theirs"]).await;
+    eventually("nothing of them stays in the index", async || {
+        let mut keys: Vec<String> = redis.command(&["KEYS", "{message_store:}:*"]).await;
+        keys.retain(|key| key != INDEX[4]);
+        keys.is_empty()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_list_can_be_filtered_and_follows_what_is_said() {
+    let (_redis, store) = start().await;
+    let pairs = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+        let own = |(k, v): &(&str, &str)| ((*k).to_owned(), (*v).to_owned());
+        pairs.iter().map(own).collect()
+    };
+    for n in 0..30 {
+        let id = SessionId::parse(format!("{}:{n:02}", ["a", "b*"][n % 2])).unwrap();
+        store.append(&id, appending(&["x"])).await.unwrap();
+        let update = Update {
+            metadata: Some(pairs(&[
+                ("parity", ["even", "odd"][n % 2]),
+                ("third", &(n % 3).to_string()),
+            ])),
+            ..Update::default()
+        };
+        store.update_session(&id, update).await.unwrap();
+    }
+    let filtered = async |prefix: &str, metadata: &[(&str, &str)]| {
+        let list = ListRecent {
+            prefix: prefix.to_owned(),
+            metadata: pairs(metadata),
+            ..listing(4)
+        };
+        walk(&store, list).await
+    };
+    assert_eq!(filtered("", &[]).await.len(), 30);
+    assert_eq!(
+        filtered("b*:1", &[]).await,
+        ["b*:19", "b*:17", "b*:15", "b*:13", "b*:11"]
+    );
+    assert_eq!(filtered("b", &[("third", "0")]).await.len(), 5);
+    assert_eq!(filtered("c", &[]).await, [""; 0]);
+    let both = [("parity", "odd"), ("third", "1")];
+    assert_eq!(
+        filtered("", &both).await,
+        ["b*:25", "b*:19", "b*:13", "b*:07", "b*:01"]
+    );
+    assert_eq!(filtered("", &[("parity", "1")]).await, [""; 0]);
+
+    let id = SessionId::parse("b*:07").unwrap();
+    let update = Update {
+        metadata: Some(pairs(&[("parity", "none")])),
+        ..Update::default()
+    };
+    store.update_session(&id, update).await.unwrap();
+    assert_eq!(
+        filtered("", &both).await,
+        ["b*:25", "b*:19", "b*:13", "b*:01"]
+    );
+    assert_eq!(filtered("", &[("parity", "none")]).await, ["b*:07"]);
+    assert_eq!(filtered("", &[]).await[0], "b*:07");
+}
+
+/// Makes `count` lists and their entries in the index, `same` of them at a time with one score; and
+/// keeps servers from bringing the index up to date.
+async fn make_sessions(redis: &Redis, count: usize, same: usize) {
+    let make = "for i = ARGV[1], ARGV[2] do local id = string.format('s%06d', i) \
+                redis.call('LPUSH', 'message_store:' .. id, 'x') \
+                redis.call('ZADD', KEYS[1], (1700000000000 + math.floor(i / ARGV[3])) * 2048 + 1, id) \
+                redis.call('ZADD', KEYS[2], 0, id) end";
+    let _: Value = redis.command(&["SET", INDEX[4], "", "PX", "3600000"]).await;
+    for from in (1..=count).step_by(20_000) {
+        let to = (from + 19_999).min(count).to_string();
+        let (from, same) = (from.to_string(), same.to_string());
+        let command = ["EVAL", make, "2", INDEX[0], INDEX[1], &from, &to, &same];
+        let _: Value = redis.command(&command).await;
+    }
+}
+
+#[tokio::test]
+async fn a_walk_finds_each_session_once_also_where_many_were_written_in_one_millisecond() {
+    let redis = Redis::start().await;
+    make_sessions(&redis, 5_000, 2_300).await;
+    let store = store_at(redis.url()).await;
+    for limit in [1_000, 77] {
+        let ids = walk(&store, listing(limit)).await;
+        let expected: Vec<String> = (1..=5_000).rev().map(|n| format!("s{n:06}")).collect();
+        assert_eq!(ids, expected);
+    }
+    // A prefix that many have, by the walk over all; and the cost of one call is bounded.
+    let list = ListRecent {
+        prefix: "s001".into(),
+        ..listing(100)
+    };
+    assert_eq!(walk(&store, list.clone()).await.len(), 1_000);
+    let rare = ListRecent {
+        prefix: "s00".into(),
+        metadata: [("no".to_owned(), "such".to_owned())].into(),
+        ..listing(100)
+    };
+    assert_eq!(walk(&store, rare).await, [""; 0]);
+
+    // Sessions that are written to during a walk come once at most, the others exactly once.
+    let mut numbers = Numbers(3);
+    let mut list = listing(100);
+    let mut found = Vec::new();
+    let mut written = std::collections::HashSet::new();
+    loop {
+        let page = store.list_sessions(list.clone()).await.unwrap();
+        found.extend(page.sessions.iter().map(|(id, _)| id.to_string()));
+        for _ in 0..20 {
+            let id = format!("s{:06}", 1 + numbers.below(5_000));
+            let session = SessionId::parse(id.clone()).unwrap();
+            let mut appending = appending(&["more"]);
+            appending.request = request(&numbers.0.to_string());
+            store.append(&session, appending).await.unwrap();
+            written.insert(id);
+        }
+        list.cursor = page.next;
+        if list.cursor.is_none() {
+            break;
+        }
+    }
+    let unique: std::collections::HashSet<&String> = found.iter().collect();
+    assert_eq!(unique.len(), found.len(), "none comes twice");
+    for n in 1..=5_000 {
+        let id = format!("s{n:06}");
+        assert!(written.contains(&id) || unique.contains(&id), "{id}");
+    }
+}
+
+/// How often each command was run, ours and those of scripts.
+async fn command_counts(redis: &Redis) -> BTreeMap<String, i64> {
+    let stats: String = redis.command(&["INFO", "commandstats"]).await;
+    let count = |line: &str| {
+        let (name, rest) = line.strip_prefix("cmdstat_")?.split_once(":calls=")?;
+        let calls = rest.split(',').next()?.parse().ok()?;
+        Some((name.to_owned(), calls))
+    };
+    let mut counts: BTreeMap<String, i64> = stats.lines().filter_map(count).collect();
+    // Of connections, and of this count.
+    for name in [
+        "ping",
+        "info",
+        "hello",
+        "select",
+        "client|setinfo",
+        "client",
+    ] {
+        counts.remove(name);
+    }
+    counts
+}
+
+#[tokio::test]
+async fn a_page_of_a_list_costs_what_is_on_it_however_many_sessions_there_are() {
+    let mut costs = Vec::new();
+    for count in [100, 200_000] {
+        let redis = Redis::start().await;
+        make_sessions(&redis, count, 1).await;
+        let store = store_at(redis.url()).await;
+        let mut of_pages = Vec::new();
+        let first = store.list_sessions(listing(50)).await.unwrap();
+        let second = ListRecent {
+            cursor: first.next.clone(),
+            ..listing(25)
+        };
+        // The first looks take note of what others have made, and load the script.
+        store.list_sessions(second.clone()).await.unwrap();
+        for list in [listing(50), second] {
+            let before = command_counts(&redis).await;
+            let page = store.list_sessions(list.clone()).await.unwrap();
+            assert_eq!(page.sessions.len(), list.limit);
+            let after = command_counts(&redis).await;
+            let cost: BTreeMap<String, i64> = after
+                .into_iter()
+                .map(|(name, calls)| (name.clone(), calls - before.get(&name).unwrap_or(&0)))
+                .filter(|(_, calls)| *calls > 0)
+                .collect();
+            assert!(!cost.contains_key("scan") && !cost.contains_key("keys"));
+            of_pages.push(cost);
+        }
+        costs.push(of_pages);
+    }
+    assert_eq!(costs[0], costs[1]);
+    assert_eq!(costs[0][0]["evalsha"], 50, "{:?}", costs[0][0]);
+    assert!(costs[0][0]["zrange"] <= 2, "{:?}", costs[0][0]);
+}
+
+// Bells.
+
+/// Waits until a bell has rung and a condition holds.
+async fn rings_until(bell: &mut chat_memory::store::Bell, mut holds: impl AsyncFnMut() -> bool) {
+    let ringing = async {
+        loop {
+            bell.rung().await;
+            if holds().await {
+                return;
+            }
+        }
+    };
+    let limit = LIMIT;
+    tokio::time::timeout(limit, ringing)
+        .await
+        .expect("it rings");
+}
+
+/// Waits until a bell has not rung for longer than the store takes to look for changes.
+async fn until_quiet(bell: &mut chat_memory::store::Bell) {
+    let end = Instant::now() + LIMIT;
+    let looked_twice = Duration::from_secs(4);
+    while tokio::time::timeout(looked_twice, bell.rung())
+        .await
+        .is_ok()
+    {
+        assert!(Instant::now() < end, "it rings for ever");
+    }
+}
+
+async fn subscribers(redis: &Redis) -> i64 {
+    let channel = format!("{{{LIST}}}:changed");
+    let (_, count): (String, i64) = redis.command(&["PUBSUB", "NUMSUB", &channel]).await;
+    count
+}
+
+#[tokio::test]
+async fn a_bell_rings_for_what_is_published_and_what_others_do_and_is_quiet_otherwise() {
+    let (redis, store) = start().await;
+    let other = store_at(redis.url()).await;
+    append(&store, &["a"]).await;
+    let mut bell = store.bell(&session());
+    let mut second = store.bell(&session());
+    eventually("it subscribes", async || subscribers(&redis).await == 1).await;
+    until_quiet(&mut bell).await;
+    until_quiet(&mut second).await;
+
+    let _: i64 = redis
+        .command(&["PUBLISH", "{message_store:s}:changed", ""])
+        .await;
+    rings_until(&mut bell, async || true).await;
+    second.rung().await;
+
+    let mut monitor = Monitor::start(&redis).await;
+    append(&other, &["b"]).await;
+    begin(&other, beginning("t")).await;
+    other
+        .end_turn(&session(), ending("t", TOKEN, &["q"]))
+        .await
+        .unwrap();
+    rewind(&other, "r", 2).await;
+    let (_, of_scripts) = monitor.commands(&redis).await;
+    let published = of_scripts
+        .iter()
+        .filter(|command| command.contains("PUBLISH"));
+    assert_eq!(published.count(), 4);
+    rings_until(&mut bell, async || read(&store).await.elements.len() == 2).await;
+
+    until_quiet(&mut bell).await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    rings_until(&mut bell, async || read(&store).await.elements.len() == 3).await;
+    until_quiet(&mut bell).await;
+    let _: i64 = redis.command(&["PEXPIRE", LIST, "1"]).await;
+    rings_until(&mut bell, async || read(&store).await.elements.is_empty()).await;
+
+    drop((bell, second));
+    eventually("it unsubscribes", async || subscribers(&redis).await == 0).await;
+}
+
+#[tokio::test]
+async fn bells_ring_after_redis_was_away() {
+    let mut redis = Redis::start_with(Options {
+        durable: true,
+        ..Options::default()
+    })
+    .await;
+    let store = store_at(redis.url()).await;
+    append(&store, &["a"]).await;
+    let mut bell = store.bell(&session());
+    eventually("it subscribes", async || subscribers(&redis).await == 1).await;
+    until_quiet(&mut bell).await;
+    redis.kill();
+    until_reachable(&store, false).await;
+    redis.restart().await;
+    rings_until(&mut bell, async || true).await;
+    eventually("it subscribes again", async || {
+        subscribers(&redis).await == 1
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn without_the_right_to_publish_writes_succeed_and_bells_ring_for_what_is_found() {
+    let redis = Redis::start().await;
+    let rules = "ACL SETUSER alice on >pass ~* +@all resetchannels";
+    let rules: Vec<&str> = rules.split(' ').collect();
+    let _: Value = redis.command(&rules).await;
+    let at = format!("redis://alice:pass@{}", redis.address());
+    let (store, other) = (store_at(at.clone()).await, store_at(at).await);
+    append(&store, &["a"]).await;
+    let mut bell = store.bell(&session());
+    until_quiet(&mut bell).await;
+    assert_eq!(append(&other, &["b"]).await.first_sequence, 2);
+    rings_until(&mut bell, async || read(&store).await.elements.len() == 2).await;
+    until_quiet(&mut bell).await;
+    begin(&other, beginning("t")).await;
+    rings_until(&mut bell, async || look(&store).await.turn.is_some()).await;
+}
+
+// Forks.
+
+fn forking(to: &str, through: Option<i64>) -> Fork {
+    Fork {
+        to: SessionId::parse(to).unwrap(),
+        through,
+    }
+}
+
+#[tokio::test]
+async fn a_fork_holds_the_same_bytes_and_is_made_once() {
+    let (redis, store) = start().await;
+    let all_bytes: Vec<u8> = (0..=255).collect();
+    let mut many = appending(&["x"]);
+    many.elements = (1..=1_200).map(|n| Bytes::from(n.to_string())).collect();
+    many.elements[3] = Bytes::from(all_bytes);
+    many.elements[5] = Bytes::from(vec![b'x'; ELEMENT_BYTES_MAX + 1]);
+    store.append(&session(), many).await.unwrap();
+    rewind(&store, "r", 1_100).await;
+    append(&store, &["next"]).await;
+    let update = Update {
+        title: Some("title".into()),
+        metadata: Some([("k".to_owned(), "v".to_owned())].into()),
+        ttl_ms: Some(Some(3_600_000)),
+    };
+    store.update_session(&session(), update).await.unwrap();
+
+    let fork = forking("new", None);
+    let Ok(Forked::Done(seen)) = store.fork(&session(), fork.clone()).await else {
+        panic!("no fork");
+    };
+    assert_eq!(
+        (seen.count, seen.first_sequence, seen.last_sequence),
+        (1_101, 1, 1_101)
+    );
+    assert_eq!(seen.about.title, "title");
+    let origin = Origin {
+        session: session(),
+        sequence: 1_201,
+    };
+    assert_eq!(seen.about.origin, Some(origin));
+    assert_eq!((seen.about.ttl_ms, seen.expires_ms), (None, None));
+    let of = async |key: &str| -> Vec<Vec<u8>> { redis.command(&["LRANGE", key, "0", "-1"]).await };
+    assert!(
+        of(LIST).await == of("message_store:new").await,
+        "the bytes differ"
+    );
+    let list = ListRecent {
+        metadata: [("k".to_owned(), "v".to_owned())].into(),
+        ..listing(10)
+    };
+    assert_eq!(walk(&store, list).await, ["new", "s"]);
+
+    // The same call again, also when the source has gone on; another call is another.
+    append(&store, &["more"]).await;
+    let again = store.fork(&session(), fork.clone()).await.unwrap();
+    let Forked::Done(again) = again else {
+        panic!("{again:?}");
+    };
+    assert_eq!((again.count, again.about), (1_101, seen.about));
+    let other = store.fork(&session(), forking("new", Some(2))).await;
+    assert_eq!(other, Ok(Forked::Exists));
+    let itself = store.fork(&session(), forking("s", None)).await;
+    assert_eq!(itself, Ok(Forked::Exists));
+    let nothing = SessionId::parse("nothing").unwrap();
+    let empty = store.fork(&nothing, forking("newer", None)).await;
+    assert_eq!(empty, Ok(Forked::Empty));
+    // Up to a sequence that was rewound.
+    let part = store.fork(&session(), forking("part", Some(1_150))).await;
+    assert!(
+        matches!(&part, Ok(Forked::Done(seen)) if seen.count == 1_100),
+        "{part:?}"
+    );
+    let _: Value = redis.command(&["SCRIPT", "FLUSH"]).await;
+    assert!(!keys(&redis).await.iter().any(|key| key.contains("fork")));
+}
+
+#[tokio::test]
+async fn a_fork_of_a_session_that_changes_meanwhile_is_given_up() {
+    for change in ["clear", "rewind", "trim"] {
+        let redis = Redis::start().await;
+        let proxy = Proxy::start(redis.address()).await;
+        let slow = store_at(proxy.redis_url()).await;
+        let store = store_at(redis.url()).await;
+        let mut many = appending(&["x"]);
+        many.elements = (1..=3_000)
+            .map(|n| Bytes::from(human(&n.to_string())))
+            .collect();
+        store.append(&session(), many).await.unwrap();
+        proxy.set(Mode::Delay(Duration::from_millis(100)));
+        let session = session();
+        let forking = slow.fork(&session, forking("new", None));
+        let changing = async {
+            eventually("a part is copied", async || {
+                keys(&redis).await.iter().any(|key| key.contains(":fork:"))
+            })
+            .await;
+            assert_eq!(
+                redis.command::<i64>(&["EXISTS", "message_store:new"]).await,
+                0
+            );
+            match change {
+                "clear" => drop(store.clear(&session).await.unwrap()),
+                "rewind" => drop(rewind(&store, "r", 2_999).await),
+                _ => {
+                    let upkeep = Upkeep {
+                        elements_max: Some(2_999),
+                        ..Upkeep::default()
+                    };
+                    append(&store_with(&redis, upkeep).await, &["more"]).await;
+                }
+            }
+        };
+        let (forked, ()) = tokio::join!(forking, changing);
+        assert_eq!(forked, Ok(Forked::Changed), "{change}");
+        assert!(!keys(&redis).await.iter().any(|key| key.contains("new")));
+    }
 }
 
 // What Redis refuses.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
+use redis::aio::{MultiplexedConnection, PubSub};
 use redis::{
     AsyncConnectionConfig, ConnectionAddr, ErrorKind, IntoConnectionInfo as _, RedisConnectionInfo,
     RedisError, ScriptInvocation, Value,
@@ -155,6 +155,24 @@ impl Target {
             run_id: value_of(&info, "run_id").unwrap_or_default().into(),
             _driver: driver,
         })
+    }
+
+    /// Opens a connection that is told of what is published.
+    pub(super) async fn subscriber(&self) -> Result<PubSub, String> {
+        let connecting = async {
+            let stream = self.dial().await.map_err(|error| error.to_string())?;
+            let connection = PubSub::new(&self.handshake, stream).await;
+            connection.map_err(|error| explain(&error))
+        };
+        let limit_ms = self.timeout.as_millis();
+        time::timeout(self.timeout, connecting)
+            .await
+            .unwrap_or_else(|_| Err(format!("no connection in {limit_ms} ms")))
+    }
+
+    /// How long an answer may take.
+    pub(super) fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     async fn dial(&self) -> std::io::Result<Box<dyn Stream>> {
@@ -436,6 +454,31 @@ impl Connection {
                 Err(Failure::NoAnswer(_)) if !is_second => is_second = true,
                 Err(failure) => return Err(failure),
             }
+        }
+    }
+
+    /// Runs a script once for each of these keys and arguments, in one round trip. It may be run
+    /// twice.
+    pub(super) async fn run_for_each(
+        &self,
+        script: &redis::Script,
+        calls: &[(Vec<&str>, [&str; 2])],
+    ) -> Result<Vec<Value>, Failure> {
+        let mut commands = redis::pipe();
+        for (keys, arguments) in calls {
+            commands.cmd("EVALSHA").arg(script.get_hash());
+            commands.arg(keys.len()).arg(keys).arg(arguments);
+        }
+        match self.query(&commands).await {
+            Err(Failure::Refused(error)) if error.code() == Some("NOSCRIPT") => {
+                let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
+                let mut connection = live.connection.clone();
+                let invocation = script.prepare_invoke();
+                self.settle(&live, invocation.load_async(&mut connection))
+                    .await?;
+                self.query(&commands).await.map(|(values, _)| values)
+            }
+            answer => answer.map(|(values, _)| values),
         }
     }
 

@@ -2,7 +2,9 @@
 
 use redis::Script;
 
+use super::to_lua;
 use crate::message::SessionId;
+use crate::store::sessions::{REWINDS_MAX, Upkeep};
 use crate::store::turns::{FOLLOWED_EVERY_MS, PLACE_MS, WAITING_MAX};
 use crate::store::{REQUEST_MEMORY_MS, TOMBSTONE_MS};
 
@@ -10,6 +12,10 @@ use crate::store::{REQUEST_MEMORY_MS, TOMBSTONE_MS};
 /// the list's expiry: longer than any turn runs (at most an hour), so that a turn finds out that its
 /// session was cleared, and is stored although the list has expired.
 const LINGER_MS: i64 = 60 * 60 * 1000;
+
+/// Elements that a write looks at, at most, to find where an exchange begins: two hundred times as
+/// many as an exchange with a few tool calls has.
+const TRIM_LOOKED_AT_MAX: usize = 1_000;
 
 /// The keys of a session, in the order of the scripts' `KEYS`. `scripts/common.lua` says what they
 /// hold.
@@ -33,6 +39,52 @@ impl Keys {
     pub(super) fn in_order(&self) -> [&str; 5] {
         let [session, even_requests, odd_requests, turns] = &self.companions;
         [&self.list, session, even_requests, odd_requests, turns]
+    }
+
+    /// The list in which a copy is made before it becomes this session's: in the same slot, and no
+    /// session's name.
+    pub(super) fn copy(&self, random: u128) -> String {
+        format!("{{{}}}:fork:{random:032x}", self.list)
+    }
+}
+
+/// The channel on which the scripts tell of changes of a session.
+pub(super) fn channel(prefix: &str, session: &SessionId) -> String {
+    format!("{{{prefix}{session}}}:changed")
+}
+
+/// The session of such a channel.
+pub(super) fn session_of_channel(prefix: &str, channel: &[u8]) -> Option<SessionId> {
+    let channel = std::str::from_utf8(channel).ok()?;
+    let session = channel.strip_prefix('{')?.strip_prefix(prefix)?;
+    SessionId::parse(session.strip_suffix("}:changed")?).ok()
+}
+
+/// The keys of the index of all sessions, in one slot of their own, so that no script has both one
+/// of these and a session's. As with [`running_key`], no session has such a name.
+pub(super) struct IndexKeys {
+    /// A sorted set: each session, with its score.
+    pub(super) sessions: String,
+    /// A sorted set: each session, with the same score, so that they are in the order of their names.
+    pub(super) names: String,
+    /// A hash: the pairs of each session that has metadata, hashed.
+    pub(super) pairs: String,
+    /// What the names of sets begin with that hold the sessions that have a pair, hashed.
+    pub(super) of_pair: String,
+    /// There while a server brings the index up to date, and until another may do so again.
+    pub(super) round: String,
+}
+
+impl IndexKeys {
+    pub(super) fn new(prefix: &str) -> Self {
+        let key = |name: &str| format!("{{{prefix}}}:{name}");
+        Self {
+            sessions: key("sessions"),
+            names: key("names"),
+            pairs: key("pairs"),
+            of_pair: key("pair:"),
+            round: key("round"),
+        }
     }
 }
 
@@ -62,6 +114,14 @@ pub(super) struct Scripts {
     pub(super) read: Script,
     pub(super) clear: Script,
     pub(super) expire: Script,
+    pub(super) look: Script,
+    pub(super) update: Script,
+    pub(super) rewind: Script,
+    pub(super) fork_add: Script,
+    pub(super) fork_end: Script,
+    pub(super) peek: Script,
+    pub(super) index_settle: Script,
+    pub(super) index_forget: Script,
     pub(super) turn_begin: Script,
     pub(super) turn_take: Script,
     pub(super) turn_keep: Script,
@@ -71,10 +131,16 @@ pub(super) struct Scripts {
 }
 
 impl Scripts {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(upkeep: Upkeep) -> Self {
+        let or_nil = |number: Option<i64>| number.map_or("nil".to_owned(), |n| n.to_string());
         let limits = format!(
             "local REQUEST_MEMORY_MS, TOMBSTONE_MS, LINGER_MS = \
-             {REQUEST_MEMORY_MS}, {TOMBSTONE_MS}, {LINGER_MS}\n"
+             {REQUEST_MEMORY_MS}, {TOMBSTONE_MS}, {LINGER_MS}\n\
+             local TRIM_LOOKED_AT_MAX, REWINDS_MAX = {TRIM_LOOKED_AT_MAX}, {REWINDS_MAX}\n\
+             local TTL_MS, READS_EXTEND, ELEMENTS_MAX = {}, {}, {}\n",
+            or_nil(upkeep.ttl_ms),
+            upkeep.reads_extend,
+            or_nil(upkeep.elements_max.map(to_lua)),
         );
         let common = format!("{limits}{}", include_str!("scripts/common.lua"));
         let script = |body: &str| Script::new(&format!("{common}{body}"));
@@ -84,11 +150,21 @@ impl Scripts {
             include_str!("scripts/turns.lua")
         );
         let turn_script = |body: &str| Script::new(&format!("{common}{of_turns}{body}"));
+        let seen = include_str!("scripts/seen.lua");
+        let telling_script = |body: &str| Script::new(&format!("{common}{of_turns}{seen}{body}"));
         Self {
             append: script(include_str!("scripts/append.lua")),
             read: script(include_str!("scripts/read.lua")),
             clear: script(include_str!("scripts/clear.lua")),
             expire: script(include_str!("scripts/expire.lua")),
+            look: telling_script(include_str!("scripts/look.lua")),
+            update: telling_script(include_str!("scripts/update.lua")),
+            rewind: turn_script(include_str!("scripts/rewind.lua")),
+            fork_add: Script::new(include_str!("scripts/fork_add.lua")),
+            fork_end: telling_script(include_str!("scripts/fork_end.lua")),
+            peek: Script::new(include_str!("scripts/peek.lua")),
+            index_settle: Script::new(include_str!("scripts/index_settle.lua")),
+            index_forget: Script::new(include_str!("scripts/index_forget.lua")),
             turn_begin: turn_script(include_str!("scripts/turn_begin.lua")),
             turn_take: turn_script(include_str!("scripts/turn_take.lua")),
             turn_keep: turn_script(include_str!("scripts/turn_keep.lua")),
@@ -118,5 +194,10 @@ mod tests {
             ]
         );
         assert_eq!(running_key("message_store:"), "{message_store:}:running");
+        let channel = channel("message_store:", &session);
+        assert_eq!(channel, "{message_store:a:b}:changed");
+        let back = session_of_channel("message_store:", channel.as_bytes());
+        assert_eq!(back, Some(session));
+        assert_eq!(session_of_channel("other:", channel.as_bytes()), None);
     }
 }

@@ -4,10 +4,14 @@
 //! - `scripts/*.lua`: what is kept and what each call does; begin with `common.lua`
 //! - [`layout`]: the names of the keys
 //! - [`turns`]: passes arguments to the scripts on turns and parses what they reply
+//! - [`sessions`]: the same for sessions as a whole, and how one is copied
+//! - [`index`]: which sessions there are, for lists of them
+//! - [`watcher`]: notices changes, for those who wait for one
 //! - [`connection`]: how Redis is reached, and what happens when it is not
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,7 +20,9 @@ use redis::{RedisError, ScriptInvocation, Value};
 use tokio::sync::watch;
 
 use self::connection::{Connection, Failure, Target, explain};
+use self::index::Index;
 use self::layout::{Keys, Scripts, pattern};
+use self::watcher::Watch;
 use super::sessions::Upkeep;
 use super::{
     Append, Appended, Body, Cursor, ELEMENT_BYTES_MAX, Element, Epoch, Error, List, Order, Page,
@@ -26,10 +32,12 @@ use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::secret::Secret;
 
 mod connection;
+mod index;
 pub mod inspect;
 mod layout;
 mod sessions;
 mod turns;
+mod watcher;
 
 /// LangChain's prefix of keys.
 pub const KEY_PREFIX_DEFAULT: &str = "message_store:";
@@ -109,8 +117,10 @@ pub enum InvalidSettings {
 ///
 /// If Redis refuses writes (a full disk, a replica), reads still work as long as it answers them.
 pub struct Redis {
-    connection: Connection,
-    scripts: Scripts,
+    connection: Arc<Connection>,
+    scripts: Arc<Scripts>,
+    index: Index,
+    watch: Watch,
     key_prefix: String,
     description: String,
 }
@@ -120,11 +130,22 @@ impl Redis {
     /// within a Tokio runtime.
     pub fn connect(settings: Settings) -> std::result::Result<Self, InvalidSettings> {
         let target = settings.target()?;
+        let description = target.describe();
+        let connection = Arc::new(Connection::start(target.clone()));
+        let scripts = Arc::new(Scripts::new(settings.upkeep));
+        let prefix = settings.key_prefix;
         Ok(Self {
-            description: target.describe(),
-            connection: Connection::start(target),
-            scripts: Scripts::new(),
-            key_prefix: settings.key_prefix,
+            index: Index::start(Arc::clone(&connection), Arc::clone(&scripts), &prefix),
+            watch: Watch::start(
+                target,
+                Arc::clone(&connection),
+                Arc::clone(&scripts),
+                &prefix,
+            ),
+            description,
+            connection,
+            scripts,
+            key_prefix: prefix,
         })
     }
 
@@ -135,6 +156,66 @@ impl Redis {
             .ready(limit)
             .await
             .map_err(Error::Unavailable)
+    }
+
+    /// Reads a page; of elements above `element_max` bytes only the size.
+    async fn read_page(&self, session: &SessionId, read: Read, element_max: usize) -> Result<Page> {
+        let order = match read.order {
+            Order::OldestFirst => "oldest first",
+            Order::NewestFirst => "newest first",
+        };
+        let mut script = self.invocation(&self.scripts.read, session);
+        script
+            .arg(order)
+            .arg(read.after.clamp(0, SEQUENCE_MAX))
+            .arg(optional(
+                read.before.map(|before| before.clamp(0, SEQUENCE_MAX)),
+            ))
+            .arg(optional(read.last.map(to_lua)))
+            .arg(to_lua(read.limit.max(1)))
+            .arg(to_lua(read.bytes_max))
+            .arg(to_lua(element_max));
+        let answer = self.connection.run_repeatable(&script).await;
+        let mut reply = Reply::of(answer.map_err(failure_of_read)?)?;
+        if reply.word != "page" {
+            return Err(reply.refusal());
+        }
+
+        let last_sequence = reply.number()?;
+        let epoch = Epoch(reply.number()?);
+        let after = reply.number()?.max(read.after);
+        let more = reply.number()? == 1;
+        let step = match read.order {
+            Order::OldestFirst => 1,
+            Order::NewestFirst => -1,
+        };
+        let mut sequences = parse_runs(reply.list()?, step)?.into_iter();
+        let mut elements = Vec::new();
+        for value in reply.list()? {
+            let body = match value {
+                Value::BulkString(bytes) => Body::Bytes(Bytes::from(bytes)),
+                Value::Int(size) => Body::TooLarge(usize::try_from(size).unwrap_or(usize::MAX)),
+                other => return Err(unexpected(&other)),
+            };
+            let sequence = sequences
+                .next()
+                .ok_or_else(|| Error::Corrupt("a script left out a sequence".to_owned()))?;
+            elements.push(Element { sequence, body });
+        }
+        Ok(Page {
+            elements,
+            more,
+            after,
+            before: read.before.unwrap_or(last_sequence + 1),
+            last_sequence,
+            epoch,
+        })
+    }
+
+    /// Takes note of a write to a session that was acknowledged.
+    fn wrote(&self, session: &SessionId) {
+        self.index.note(session);
+        self.watch.ring(session);
     }
 
     fn invocation<'a>(
@@ -166,7 +247,10 @@ impl Store for Redis {
         let answer = self.connection.run_repeatable(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
         match reply.word.as_str() {
-            "stored" => Ok(parse_record(&reply.bytes()?, false)?),
+            "stored" => {
+                self.wrote(session);
+                Ok(parse_record(&reply.bytes()?, false)?)
+            }
             "repeated" => Ok(parse_record(&reply.bytes()?, true)?),
             "reused" => Err(Error::RequestReused),
             "cleared" => Err(Error::Cleared),
@@ -179,55 +263,7 @@ impl Store for Redis {
     }
 
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page> {
-        let order = match read.order {
-            Order::OldestFirst => "oldest first",
-            Order::NewestFirst => "newest first",
-        };
-        let mut script = self.invocation(&self.scripts.read, session);
-        script
-            .arg(order)
-            .arg(read.after.clamp(0, SEQUENCE_MAX))
-            .arg(optional(
-                read.before.map(|before| before.clamp(0, SEQUENCE_MAX)),
-            ))
-            .arg(optional(read.last.map(to_lua)))
-            .arg(to_lua(read.limit.max(1)))
-            .arg(to_lua(read.bytes_max))
-            .arg(to_lua(ELEMENT_BYTES_MAX));
-        let answer = self.connection.run_repeatable(&script).await;
-        let mut reply = Reply::of(answer.map_err(failure_of_read)?)?;
-        if reply.word != "page" {
-            return Err(reply.refusal());
-        }
-
-        let last_sequence = reply.number()?;
-        let epoch = Epoch(reply.number()?);
-        let after = reply.number()?.max(read.after);
-        let first = reply.number()?;
-        let more = reply.number()? == 1;
-        let step = match read.order {
-            Order::OldestFirst => 1,
-            Order::NewestFirst => -1,
-        };
-        let mut elements = Vec::new();
-        let mut sequence = first;
-        for value in reply.list()? {
-            let body = match value {
-                Value::BulkString(bytes) => Body::Bytes(Bytes::from(bytes)),
-                Value::Int(size) => Body::TooLarge(usize::try_from(size).unwrap_or(usize::MAX)),
-                other => return Err(unexpected(&other)),
-            };
-            elements.push(Element { sequence, body });
-            sequence += step;
-        }
-        Ok(Page {
-            elements,
-            more,
-            after,
-            before: read.before.unwrap_or(last_sequence + 1),
-            last_sequence,
-            epoch,
-        })
+        self.read_page(session, read, ELEMENT_BYTES_MAX).await
     }
 
     async fn clear(&self, session: &SessionId) -> Result<i64> {
@@ -236,7 +272,10 @@ impl Store for Redis {
         let answer = self.connection.run(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
         match reply.word.as_str() {
-            "cleared" => reply.number(),
+            "cleared" => {
+                self.watch.ring(session);
+                reply.number()
+            }
             _ => Err(reply.refusal()),
         }
     }
@@ -313,6 +352,18 @@ impl Store for Redis {
     fn describe(&self) -> String {
         self.description.clone()
     }
+}
+
+/// The sequences of a page: the first of each run, and how many there are in it.
+fn parse_runs(runs: Vec<Value>, step: i64) -> Result<Vec<Sequence>> {
+    let mut sequences = Vec::new();
+    for run in runs.chunks(2) {
+        let &[Value::Int(first), Value::Int(count)] = run else {
+            return Err(unexpected(run.first().unwrap_or(&Value::Nil)));
+        };
+        sequences.extend((0..count).map(|index| first + index * step));
+    }
+    Ok(sequences)
 }
 
 /// A number as the scripts take it: empty if there is none.

@@ -12,7 +12,7 @@ use redis::{Pipeline, ScriptInvocation, Value};
 
 use super::connection::Failure;
 use super::layout::running_key;
-use super::{Redis, Reply, failure_of_read, failure_of_write, to_lua, unexpected};
+use super::{Redis, Reply, failure_of_read, to_lua, unexpected};
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::store::turns::{
     BeginTurn, Begun, Chunk, EndTurn, FollowTurn, Followed, KeepTurn, Kept, Leased, Stop,
@@ -138,6 +138,9 @@ impl TurnStore for Redis {
         if matches!(ended, Ok(_) | Err(Error::Cleared)) {
             self.forget(session, &end.turn).await;
         }
+        if matches!(ended, Ok(TurnState::Completed { .. })) {
+            self.wrote(session);
+        }
         ended
     }
 
@@ -230,11 +233,6 @@ impl TurnStore for Redis {
 }
 
 impl Redis {
-    async fn write(&self, script: &ScriptInvocation<'_>) -> Result<Reply> {
-        let answer = self.connection.run_repeatable(script).await;
-        Reply::of(answer.map_err(failure_of_write)?)
-    }
-
     /// Enters a turn into the index, to be looked at from that time on, unless it is there. Says
     /// whether it was not.
     async fn note(&self, session: &SessionId, turn: &TurnId, look_ms: UnixMillis) -> Result<bool> {
@@ -327,7 +325,7 @@ fn parse_leased(reply: &mut Reply) -> Result<Leased> {
     })
 }
 
-fn parse_state(reply: &mut Reply) -> Result<TurnState> {
+pub(super) fn parse_state(reply: &mut Reply) -> Result<TurnState> {
     let mut state = reply.reply()?;
     match state.word.as_str() {
         "running" => Ok(TurnState::Running {
@@ -358,11 +356,11 @@ fn parse_stop(reply: &mut Reply) -> Result<Option<Stop>> {
     }
 }
 
-fn parse_turn(bytes: &[u8]) -> Result<TurnId> {
+pub(super) fn parse_turn(bytes: &[u8]) -> Result<TurnId> {
     bytes.try_into().map_err(|_| corrupt())
 }
 
-fn parse_u32(reply: &mut Reply) -> Result<u32> {
+pub(super) fn parse_u32(reply: &mut Reply) -> Result<u32> {
     u32::try_from(reply.number()?).map_err(|_| corrupt())
 }
 

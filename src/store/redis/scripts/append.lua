@@ -46,4 +46,5 @@ local first, count = push(session, FIRST_ELEMENT)
 record = ARGV[2] .. ARGV[3] .. struct.pack('>I8I4I8', first, count, session.now)
 redis.call('HSET', REQUESTS[day_of(session) % 2], ARGV[1], record)
 expire_requests(session)
+ring()
 return { 'stored', record }

@@ -32,6 +32,9 @@ session.length = 0
 session.mark = ''
 session.epoch = session.epoch + 1
 session.expires_at = nil
+session.gaps = {}
+session.ttl = nil
 session.is_cleared = true
 save(session)
+ring()
 return { 'cleared', count }

@@ -1,5 +1,6 @@
 -- What every script begins with: it is put before each of them, after the limits, which Rust
--- defines (`REQUEST_MEMORY_MS`, `TOMBSTONE_MS`, `LINGER_MS`).
+-- defines (`REQUEST_MEMORY_MS`, `TOMBSTONE_MS`, `LINGER_MS`; of the settings `TTL_MS` and
+-- `ELEMENTS_MAX`, nil if there are none, and `READS_EXTEND`).
 --
 -- KEYS of every script, all in one slot (K is `<prefix><session_id>`):
 --
@@ -12,12 +13,20 @@
 --
 -- Facts (decimal numbers):
 --
---   base        what the sequence of the oldest element is above 1: sequence = base + distance
---               from the tail, which is 1 for the oldest and LLEN for the newest
+--   base        what the place of the oldest element is above 1: place = base + distance from the
+--               tail, which is 1 for the oldest and LLEN for the newest
 --   last        the last sequence given out, by a write or by a read
---   mark        fingerprint of the element with that sequence; '' if base = last
+--   mark        fingerprint of the newest element that we know of; '' if we know of none
 --   epoch       how often the session was cleared, by us or by others
 --   expires_at  when the list expires, in ms since 1970; '' if it does not
+--
+-- and, absent unless there is something to say:
+--
+--   gaps        where elements were rewound (MessagePack): place, extra, place, extra …, both
+--               rising. The sequence of an element is its place, and the extra of the last pair
+--               whose place is smaller. All places in it are above base
+--   ttl         how long the session lives after its last write, in ms; 0 for ever
+--   title, metadata, origin   what is said of the session; scripts do not look into it
 --
 -- Record: fingerprint (16 bytes), the caller's time (8 bytes), first sequence (8), count (4), the
 -- time of the write by Redis' clock (8); numbers are big-endian. 44 bytes, so that a hash of them
@@ -75,7 +84,8 @@ local function reconcile()
   if refusal then
     return nil, refusal
   end
-  local facts = redis.pcall('HMGET', SESSION, 'base', 'last', 'mark', 'epoch', 'expires_at')
+  local facts = redis.pcall('HMGET', SESSION, 'base', 'last', 'mark', 'epoch', 'expires_at',
+    'gaps', 'ttl')
   refusal = refusal_of(facts, SESSION)
   if refusal then
     return nil, refusal
@@ -88,30 +98,40 @@ local function reconcile()
     last = 0,
     mark = '',
     epoch = 0,
+    gaps = {},
+    had_gaps = facts[6] ~= false,
+    ttl = tonumber(facts[7] or ''),
     is_changed = false,
     is_cleared = false,
     is_known = facts[2] and true or false,
     is_new = not facts[2] and length == 0,
   }
-  local had_expiry = nil
+  -- What the sequence of the newest element is above its place.
+  local had_expiry, extra = nil, 0
   if facts[2] then
     session.base = tonumber(facts[1] or '')
     session.last = tonumber(facts[2])
     session.mark = facts[3] or ''
     session.epoch = tonumber(facts[4] or '')
     had_expiry = tonumber(facts[5] or '')
-    local is_sound = session.base and session.last and session.epoch
-      and session.base >= 0 and session.base <= session.last
+    local has_gaps = true
+    if session.had_gaps then
+      has_gaps, session.gaps = pcall(cmsgpack.unpack, facts[6])
+      extra = has_gaps and session.gaps[#session.gaps]
+    end
+    local is_sound = has_gaps and session.base and session.last and session.epoch
+      and session.base >= 0 and session.base <= session.last - extra
     if not is_sound then
       return nil, { 'corrupt', SESSION }
     end
   end
 
-  -- Is the element that had the last sequence still where it was? LangChain only adds at the head,
-  -- so it stays where it is, seen from the tail, unless somebody deleted.
-  local is_intact = session.base + length >= session.last
-  if is_intact and session.last > session.base then
-    local index = session.base + length - session.last
+  -- Is the newest element that we know of still where it was? LangChain only adds at the head, so
+  -- it stays where it is, seen from the tail, unless somebody deleted.
+  local newest = session.last - extra
+  local is_intact = session.base + length >= newest
+  if is_intact and newest > session.base then
+    local index = session.base + length - newest
     is_intact = fingerprint(redis.call('LINDEX', LIST, decimal(index))) == session.mark
   end
   if not is_intact then
@@ -123,14 +143,17 @@ local function reconcile()
     session.last = session.base
     session.mark = ''
     session.epoch = session.epoch + 1
+    session.gaps = {}
+    session.ttl = nil
+    newest, extra = session.base, 0
     session.is_changed = true
     session.is_new = has_expired
     session.is_cleared = not has_expired
   end
 
   -- What others have added since.
-  if session.base + length ~= session.last then
-    session.last = session.base + length
+  if session.base + length ~= newest then
+    session.last = session.base + length + extra
     session.mark = fingerprint(redis.call('LINDEX', LIST, '0'))
     session.is_changed = true
   end
@@ -149,11 +172,51 @@ local function reconcile()
   return session
 end
 
+-- The place of the newest element with at most this sequence, if there were elements at all places.
+local function place_at(session, sequence)
+  local gaps, place_max = session.gaps, math.huge
+  for index = #gaps - 1, 1, -2 do
+    if sequence > gaps[index] + gaps[index + 1] then
+      return math.min(sequence - gaps[index + 1], place_max)
+    end
+    place_max = gaps[index]
+  end
+  return math.min(sequence, place_max)
+end
+
+-- The sequence of the element at this place; and the places between which, the second included, the
+-- difference is the same.
+local function sequence_at(session, place)
+  local gaps, last = session.gaps, math.huge
+  for index = #gaps - 1, 1, -2 do
+    if place > gaps[index] then
+      return place + gaps[index + 1], gaps[index], last
+    end
+    last = gaps[index]
+  end
+  return place, -math.huge, last
+end
+
+-- Forgets gaps before the oldest element: it takes what they add into the base.
+local function fold_gaps(session)
+  local gaps, kept, extra = session.gaps, {}, 0
+  for index = 1, #gaps, 2 do
+    if gaps[index] <= session.base then
+      extra = gaps[index + 1]
+    else
+      kept[#kept + 1] = gaps[index] + extra
+      kept[#kept + 1] = gaps[index + 1] - extra
+    end
+  end
+  session.base = session.base + extra
+  session.gaps = kept
+end
+
 -- Lets a key expire in `left` ms, if it exists. Writes only what makes a difference, since every
 -- write goes to the replicas and the log.
 local function expire_in(key, left)
   local has = redis.call('PTTL', key)
-  if has ~= -2 and (has == -1 or math.abs(has - left) > 1000) then
+  if has ~= -2 and (has == -1 or math.abs(has - left) > math.min(1000, left / 50)) then
     redis.call('PEXPIRE', key, decimal(math.max(left, 1)))
   end
 end
@@ -221,6 +284,11 @@ local function save(session)
     'mark', session.mark,
     'epoch', decimal(session.epoch),
     'expires_at', session.expires_at and decimal(session.expires_at) or '')
+  if #session.gaps > 0 then
+    redis.call('HSET', SESSION, 'gaps', cmsgpack.pack(session.gaps))
+  elseif session.had_gaps then
+    redis.call('HDEL', SESSION, 'gaps')
+  end
   if session.length > 0 and not session.expires_at then
     redis.call('PERSIST', SESSION)
   else
@@ -245,24 +313,12 @@ local function save(session)
     end
     forget_completed(session)
   end
+  if session.is_known and (session.is_cleared or session.is_new) then
+    redis.call('HDEL', SESSION, 'ttl', 'title', 'metadata', 'origin')
+  end
   if session.expires_at then
     shorten_turns(session.expires_at - session.now)
   end
-end
-
--- Adds the arguments from this one on at the new end of the session, and saves the facts. Returns
--- the first sequence, and how many elements these are. LPUSH is its first write.
-local function push(session, first_element)
-  local first = session.last + 1
-  local count = #ARGV - first_element + 1
-  for from = first_element, #ARGV, CHUNK do
-    redis.call('LPUSH', LIST, unpack(ARGV, from, math.min(from + CHUNK - 1, #ARGV)))
-  end
-  session.length = session.length + count
-  session.last = session.last + count
-  session.mark = fingerprint(ARGV[#ARGV])
-  save(session)
-  return first, count
 end
 
 local function day_of(session)
@@ -280,6 +336,110 @@ local function expire_requests(session)
     end
     expire_in(REQUESTS[day % 2], ends_at - session.now)
   end
+end
+
+-- Writes down what others have done to the list, for a call that otherwise only reads. A Redis that
+-- refuses writes (a full disk, no memory) can still be read: without the record, the next call
+-- comes to the same sequences.
+local function take_note(session)
+  if not session.is_changed then
+    return
+  end
+  -- PERSIST needs no memory, so HSET after it is allowed when memory has run out.
+  local reply = redis.pcall('PERSIST', SESSION)
+  if type(reply) ~= 'table' then
+    save(session)
+    expire_requests(session)
+  end
+end
+
+-- Starts the session's time to live anew, if it has one; else leaves the expiry as others have set
+-- it. `save` comes after this.
+local function live_on(session)
+  local ttl = session.ttl or TTL_MS
+  if not ttl or session.length == 0 then
+    return
+  elseif ttl > 0 then
+    redis.call('PEXPIRE', LIST, decimal(ttl))
+    session.expires_at = session.now + ttl
+  elseif session.expires_at then
+    redis.call('PERSIST', LIST)
+    session.expires_at = nil
+  end
+  expire_requests(session)
+end
+
+-- Tells those who watch the session that it has changed. A user who may not is left to those who
+-- look by themselves. The last command of a script: what was written stays written.
+local function ring()
+  redis.pcall('PUBLISH', '{' .. LIST .. '}:changed', '')
+end
+
+-- Whether an element is a user's: LangChain writes the type first. Others need not.
+local function is_of_user(element)
+  if string.sub(element, 1, 16) == '{"type": "human"' then
+    return true
+  elseif not string.find(element, '"human"', 1, true) then
+    return false
+  end
+  local is_json, value = pcall(cjson.decode, element)
+  return is_json and type(value) == 'table' and value.type == 'human'
+end
+
+-- The first element of a user from one place to another, either way; nil if there is none, or none
+-- among as many as one search looks at.
+local function find_user(session, from, to)
+  local step = from <= to and 1 or -1
+  local left = math.min((to - from) * step + 1, TRIM_LOOKED_AT_MAX / 2)
+  while left > 0 do
+    local piece = math.min(left, 8)
+    local low = math.min(from, from + step * (piece - 1)) - session.base
+    local found = redis.call('LRANGE', LIST, decimal(-low - piece + 1), decimal(-low))
+    for index = 1, #found do
+      if is_of_user(found[step == 1 and #found - index + 1 or index]) then
+        return from + step * (index - 1)
+      end
+    end
+    from = from + step * piece
+    left = left - piece
+  end
+  return nil
+end
+
+-- Removes the oldest exchanges of a session that has too many elements: enough of them if the rest
+-- holds the beginning of one, else all but the newest.
+local function trim(session)
+  local excess = ELEMENTS_MAX and session.length - ELEMENTS_MAX or 0
+  if excess <= 0 then
+    return
+  end
+  local enough = session.base + excess + 1
+  local first = find_user(session, enough, session.base + session.length)
+    or excess > 1 and find_user(session, enough - 1, session.base + 2)
+  if first and first > session.base + 1 then
+    local count = first - session.base - 1
+    redis.call('LTRIM', LIST, '0', decimal(-count - 1))
+    session.base = session.base + count
+    session.length = session.length - count
+    fold_gaps(session)
+  end
+end
+
+-- Adds the arguments from this one on at the new end of the session, trims it, and saves the facts.
+-- Returns the first sequence, and how many elements these are. LPUSH is its first write.
+local function push(session, first_element)
+  local first = session.last + 1
+  local count = #ARGV - first_element + 1
+  for from = first_element, #ARGV, CHUNK do
+    redis.call('LPUSH', LIST, unpack(ARGV, from, math.min(from + CHUNK - 1, #ARGV)))
+  end
+  session.length = session.length + count
+  session.last = session.last + count
+  session.mark = fingerprint(ARGV[#ARGV])
+  trim(session)
+  live_on(session)
+  save(session)
+  return first, count
 end
 
 -- The record of a request, if it is at most 24 hours old; or nil, and what the script must return

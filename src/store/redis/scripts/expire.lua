@@ -21,4 +21,5 @@ redis.call('PEXPIREAT', LIST, ARGV[1])
 session.expires_at = at
 save(session)
 expire_requests(session)
+ring()
 return { 'expires', 1 }

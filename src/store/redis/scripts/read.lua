@@ -10,16 +10,17 @@
 --   7  of an element above so many bytes, only the size
 --
 -- Returns, besides what common.lua says:
---   { 'page', last, epoch, after, first, more, elements }
+--   { 'page', last, epoch, after, more, runs, elements }
 --     last      the session's last sequence
 --     epoch     the session's epoch
 --     after     argument 2, or what argument 4 makes of it
---     first     the sequence of the first of the elements
 --     more      1 if the range holds more elements, else 0
+--     runs      the sequences: the first of a run, and how many elements it has, for each run
 --     elements  each a string, or a number: the size
 --
 -- Writes only if others have changed the session since the last call: it gives out sequences, and
--- they must be remembered.
+-- they must be remembered. And if it starts the session's time to live anew: only once a twentieth of
+-- that has passed since the last time, so that most reads write nothing.
 
 -- The list is read in pieces, so that no more than one piece is read in vain when the bytes run
 -- out. The first is small, the others fit what the elements read so far are like.
@@ -32,28 +33,36 @@ local session, refusal = reconcile()
 if not session then
   return refusal
 end
-if session.is_changed then
-  -- A Redis that refuses writes (a full disk, no memory) can still be read: without the record,
-  -- the next call comes to the same sequences. PERSIST needs no memory, so HSET after it is
-  -- allowed when memory has run out.
-  local reply = redis.pcall('PERSIST', SESSION)
-  if type(reply) ~= 'table' then
-    save(session)
-    expire_requests(session)
+take_note(session)
+local ttl = READS_EXTEND and (session.ttl or TTL_MS) or 0
+if ttl > 0 and session.length > 0 then
+  local left = session.expires_at and session.expires_at - session.now or math.huge
+  if left > ttl or left < ttl - ttl / 20 then
+    -- As in take_note: PERSIST needs no memory, and a Redis that refuses writes can be read.
+    if type(redis.pcall('PERSIST', SESSION)) ~= 'table' then
+      live_on(session)
+      save(session)
+    end
   end
 end
 
-local newest = session.last
+-- From here on by places, which have no gaps.
+local newest = session.base + session.length
 if ARGV[3] ~= '' then
-  newest = math.min(newest, tonumber(ARGV[3]) - 1)
+  newest = math.min(newest, place_at(session, tonumber(ARGV[3]) - 1))
 end
+local before_oldest = place_at(session, after)
 if ARGV[4] ~= '' then
-  after = math.max(after, newest - tonumber(ARGV[4]))
+  local place = newest - tonumber(ARGV[4])
+  if place > before_oldest then
+    before_oldest = place
+    after = sequence_at(session, place)
+  end
 end
-local oldest = math.max(after, session.base) + 1
+local oldest = math.max(before_oldest, session.base) + 1
 local wanted = math.max(math.min(newest - oldest + 1, count_max), 0)
 
--- The elements from the sequence `from` to `to`, newest first.
+-- The elements from the place `from` to `to`, newest first.
 local function range(from, to)
   local head = session.base + session.length
   return redis.call('LRANGE', LIST, decimal(head - to), decimal(head - from))
@@ -88,6 +97,15 @@ while #elements < wanted and not is_full do
   end
 end
 
-local first = order == 'newest first' and newest or oldest
+local runs, done = {}, 0
+while done < #elements do
+  local place = order == 'newest first' and newest - done or oldest + done
+  local sequence, before, last = sequence_at(session, place)
+  local count = order == 'newest first' and place - before or last - place + 1
+  count = math.min(count, #elements - done)
+  runs[#runs + 1] = sequence
+  runs[#runs + 1] = count
+  done = done + count
+end
 local more = newest - oldest + 1 > #elements and 1 or 0
-return { 'page', session.last, session.epoch, after, first, more, elements }
+return { 'page', session.last, session.epoch, after, more, runs, elements }

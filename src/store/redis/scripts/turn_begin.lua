@@ -169,4 +169,5 @@ if next_turn > first_turn then
   redis.call('HSET', TURNS, 'first_turn', decimal(next_turn))
 end
 expire_turns(record, now)
+ring()
 return leased(record, ARGV[4], reserve)

@@ -36,6 +36,7 @@ if session.is_cleared then
   -- First, since deleting is allowed when memory has run out, and then so is the rest.
   redis.call('UNLINK', TURNS)
   save(session)
+  ring()
   return { 'cleared' }
 end
 local now = session.now
@@ -67,4 +68,5 @@ write(turn, record, others, now)
 if is_completed then
   redis.call('HDEL', TURNS, request_field(turn))
 end
+ring()
 return { 'ended', state_of(record, now) }

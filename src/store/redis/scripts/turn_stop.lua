@@ -25,5 +25,6 @@ end
 if record.state == 'running' and record.stop ~= ARGV[2] then
   record.stop = ARGV[2]
   redis.call('HSET', TURNS, turn, cmsgpack.pack(record))
+  ring()
 end
 return { 'turn', turn, record.name, state_of(record, now) }

@@ -45,9 +45,11 @@ if record.token ~= token then
     record.outcome = ARGV[8]
     record.forget_ms = now + retention_ms
     write(turn, record, values[3] == turn and { 'running', '' } or {}, now)
+    ring()
     return { 'ended', state_of(record, now) }
   end
   start(record, token, lease_ms, retention_ms, reserve, now)
   write(turn, record, {}, now)
+  ring()
 end
 return leased(record, values[2], reserve)
