@@ -76,8 +76,8 @@ end
 
 -- Reads the facts and compares them with the list. Writes nothing. Returns the session as it is
 -- now, with `is_changed` if the facts need saving, `is_cleared` if the list was deleted by others
--- since, `is_new` if it holds nothing because it has expired or never did, and `is_known` if there
--- are facts; or nil and what the script must return.
+-- since, `is_new` if it holds nothing because it has expired or never did, `has_expired` in the
+-- first of these cases, and `is_known` if there are facts; or nil and what the script must return.
 local function reconcile()
   local length = redis.pcall('LLEN', LIST)
   local refusal = refusal_of(length, LIST)
@@ -105,6 +105,7 @@ local function reconcile()
     is_cleared = false,
     is_known = facts[2] and true or false,
     is_new = not facts[2] and length == 0,
+    has_expired = false,
   }
   -- What the sequence of the newest element is above its place.
   local had_expiry, extra = nil, 0
@@ -148,6 +149,7 @@ local function reconcile()
     newest, extra = session.base, 0
     session.is_changed = true
     session.is_new = has_expired
+    session.has_expired = has_expired
     session.is_cleared = not has_expired
   end
 
@@ -308,12 +310,12 @@ local function save(session)
   if session.is_cleared then
     redis.call('UNLINK', REQUESTS[0], REQUESTS[1], TURNS)
   elseif session.is_new or not session.is_known then
-    if session.is_new then
+    if session.has_expired then
       redis.call('UNLINK', REQUESTS[0], REQUESTS[1])
     end
     forget_completed(session)
   end
-  if session.is_known and (session.is_cleared or session.is_new) then
+  if session.is_cleared or session.has_expired then
     redis.call('HDEL', SESSION, 'ttl', 'title', 'metadata', 'origin')
   end
   if session.expires_at then
@@ -452,7 +454,7 @@ local function recall(session, request)
     if refusal then
       return nil, refusal
     end
-    if record and not session.is_cleared and not session.is_new then
+    if record and not session.is_cleared and not session.has_expired then
       if #record ~= 44 then
         return nil, { 'corrupt', REQUESTS[bucket] }
       end
