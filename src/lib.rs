@@ -16,6 +16,7 @@ pub mod service;
 pub mod start;
 pub mod store;
 pub mod telemetry;
+pub mod tokens;
 pub mod turn;
 pub mod window;
 pub mod wire;
