@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod error;
+pub mod history;
 pub mod langchain;
 pub mod message;
 pub mod model;
