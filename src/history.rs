@@ -85,7 +85,9 @@ pub async fn read(
         let read = Read {
             order: Order::NewestFirst,
             after: 0,
-            before: newest.last().map_or(wanted.before, |entry| Some(entry.source.sequence)),
+            before: newest
+                .last()
+                .map_or(wanted.before, |entry| Some(entry.source.sequence)),
             last: None,
             limit: next_limit(newest.len(), &wanted.bounds),
             bytes_max: next_bytes(bytes_read, &wanted.bounds),
@@ -248,7 +250,12 @@ impl Counter {
         let Some(tokenizer) = self.tokenizer.filter(|_| !drafts.is_empty()) else {
             return Ok(0);
         };
-        let all = move || drafts.iter().map(|draft| tokenizer.count_message(draft)).sum();
+        let all = move || {
+            drafts
+                .iter()
+                .map(|draft| tokenizer.count_message(draft))
+                .sum()
+        };
         self.run(all).await
     }
 

@@ -8,11 +8,7 @@
 //! adds 49 MB to the program and 49 MB of memory for each tokenizer. The tokens themselves are
 //! tiktoken-rs's (`build.rs` writes them), and tests compare the counts with its own.
 
-use std::{
-    cmp::Reverse,
-    collections::BinaryHeap,
-    sync::LazyLock,
-};
+use std::{cmp::Reverse, collections::BinaryHeap, sync::LazyLock};
 
 use regex::Regex;
 use rustc_hash::FxHashMap;
@@ -98,9 +94,10 @@ impl Tokenizer {
             Content::Parts(parts) => parts.iter().map(|part| self.count_part(part)).sum(),
         };
         let name = |name: &String| PER_NAME + self.count(name);
-        let calls = message.tool_calls.iter().map(|call| {
-            PER_CALL + self.count(&call.name) + self.count(&call.arguments.shown())
-        });
+        let calls = message
+            .tool_calls
+            .iter()
+            .map(|call| PER_CALL + self.count(&call.name) + self.count(&call.arguments.shown()));
         PER_MESSAGE
             + self.count(message.role.name())
             + message.name.as_ref().map_or(0, name)

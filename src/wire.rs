@@ -657,7 +657,11 @@ pub fn render_window(
         messages: elements
             .map(|element| render_element(element, include_raw))
             .collect(),
-        token_count: if is_empty { 0 } else { (PRIMING + window.tokens) as i64 },
+        token_count: if is_empty {
+            0
+        } else {
+            (PRIMING + window.tokens) as i64
+        },
         tokenizer: tokenizer.name().to_owned(),
         ..Default::default()
     }

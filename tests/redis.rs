@@ -825,7 +825,9 @@ async fn a_window_of_a_million_messages_costs_what_a_window_of_a_hundred_costs()
     // Each character is a token.
     let text = "a1".repeat(33);
     let stored = |kind: &str| {
-        format!(r#"{{"type": "{kind}", "data": {{"content": "{text}", "additional_kwargs": {{}}}}}}"#)
+        format!(
+            r#"{{"type": "{kind}", "data": {{"content": "{text}", "additional_kwargs": {{}}}}}}"#
+        )
     };
     let pair = [stored("human"), stored("ai")];
     // LangChain's lists have their newest message first, so this is filled from its end.

@@ -45,7 +45,10 @@ fn a_published_prompt_takes_what_the_provider_says() {
             "You are a helpful, pattern-following assistant that translates corporate jargon into \
              plain English.",
         ),
-        named("example_user", "New synergies will help drive top-line growth."),
+        named(
+            "example_user",
+            "New synergies will help drive top-line growth.",
+        ),
         named(
             "example_assistant",
             "Things working well together will increase revenue.",
@@ -88,7 +91,14 @@ fn models_have_their_tokenizers_and_unknown_ones_the_newest() {
         assert_eq!(Tokenizer::of_model(model), Tokenizer::Cl100k, "{model}");
     }
     let o200k = [
-        "gpt-4o", "gpt-4.1-mini", "gpt-4.5-preview", "gpt-5", "o3", "claude-opus-4", "", "x",
+        "gpt-4o",
+        "gpt-4.1-mini",
+        "gpt-4.5-preview",
+        "gpt-5",
+        "o3",
+        "claude-opus-4",
+        "",
+        "x",
         "ft:gpt-4o-mini:me::1",
     ];
     for model in o200k {

@@ -80,7 +80,12 @@ fn read(drafts: &[Draft], bounds: Bounds) -> Vec<usize> {
 }
 
 fn ask(drafts: &[Draft], bounds: Bounds, new: &[Draft]) -> Vec<usize> {
-    places(choose(&history(drafts), true, &bounds, Purpose::Asking(new)))
+    places(choose(
+        &history(drafts),
+        true,
+        &bounds,
+        Purpose::Asking(new),
+    ))
 }
 
 fn turns(turns: usize) -> Bounds {
@@ -150,7 +155,12 @@ fn a_call_is_in_with_all_its_results_or_out_with_those_it_has() {
     ];
     assert_eq!(read(&drafts, NONE), [0, 1, 2, 3, 6]);
     // The results must follow at once.
-    let parted = [user("a"), calls(&["1"]), draft(Role::System, "s"), result("1")];
+    let parted = [
+        user("a"),
+        calls(&["1"]),
+        draft(Role::System, "s"),
+        result("1"),
+    ];
     assert_eq!(read(&parted, NONE), [0, 2]);
     // At the end, too.
     assert_eq!(read(&drafts[..6], NONE), [0, 1, 2, 3]);
@@ -323,7 +333,11 @@ fn new_messages(history: &[Entry<()>], wants_results: bool) -> Vec<Draft> {
         (draft.role == Role::Assistant).then_some(draft)
     });
     let ids = last_call.map_or(Vec::new(), |draft| {
-        draft.tool_calls.iter().map(|call| call.id.clone()).collect()
+        draft
+            .tool_calls
+            .iter()
+            .map(|call| call.id.clone())
+            .collect()
     });
     let mut results: Vec<Draft> = Vec::new();
     for id in &ids {
@@ -355,7 +369,11 @@ fn largest(
         if start >= fits_anyway || !is_user(&history[start]) {
             continue;
         }
-        let places: Vec<usize> = kept.iter().copied().filter(|place| *place >= start).collect();
+        let places: Vec<usize> = kept
+            .iter()
+            .copied()
+            .filter(|place| *place >= start)
+            .collect();
         let tokens: usize = places.iter().map(|place| history[*place].tokens).sum();
         // Questions: user messages, of those that can be sent or read, that follow no other.
         let said: Vec<&Entry<()>> = history[start..]
@@ -373,7 +391,10 @@ fn largest(
             return places;
         }
     }
-    kept.iter().copied().filter(|place| *place >= fits_anyway).collect()
+    kept.iter()
+        .copied()
+        .filter(|place| *place >= fits_anyway)
+        .collect()
 }
 
 proptest! {

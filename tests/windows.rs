@@ -92,7 +92,8 @@ async fn a_window_of_a_long_session_has_its_first_system_messages_and_whole_exch
     assert_eq!(sequences(&found), [&[1, 2][..], &newest[..]].concat());
     assert_eq!(found.tokenizer, "o200k_base");
     // 3, the role, the text; a call is its name, its arguments and 3 more.
-    let (system, question, call, result, yes) = (3 + 1 + 2, 3 + 1 + 3, 3 + 1 + 5, 3 + 1 + 1, 3 + 1 + 1);
+    let (system, question, call, result, yes) =
+        (3 + 1 + 2, 3 + 1 + 3, 3 + 1 + 5, 3 + 1 + 1, 3 + 1 + 1);
     let exchange = question + call + result + yes;
     assert_eq!(found.token_count, 3 + 2 * system + 2 * exchange);
     assert_eq!(found.next_page_token, "");
@@ -107,7 +108,10 @@ async fn a_window_of_a_long_session_has_its_first_system_messages_and_whole_exch
     // The smallest bound decides.
     let mut both = window("s", Some(50), Some(tokens));
     both.last_messages = Some(7);
-    assert_eq!(sequences(&read(&mut client, both.clone()).await), sequences(&less));
+    assert_eq!(
+        sequences(&read(&mut client, both.clone()).await),
+        sequences(&less)
+    );
     both.last_messages = Some(1);
     assert_eq!(sequences(&read(&mut client, both).await), sequences(&less));
     let all = read(&mut client, window("s", Some(1_000), Some(2_000_000))).await;
@@ -136,7 +140,12 @@ async fn a_newest_exchange_above_the_budget_is_refused_with_the_numbers() {
     let server = server().await;
     let mut client = server.client().await;
     let system = message(pb::Role::System, "be kind");
-    fill(&mut client, "s", vec![system, user("hello"), answer("hello")]).await;
+    fill(
+        &mut client,
+        "s",
+        vec![system, user("hello"), answer("hello")],
+    )
+    .await;
     let status = client
         .get_messages(window("s", None, Some(18)))
         .await
@@ -166,7 +175,10 @@ async fn a_window_fits_into_a_response() {
         fill(&mut client, "s", vec![large.clone(), answer("small")]).await;
     }
     let mut request = window("s", Some(10), None);
-    assert_eq!(sequences(&read(&mut client, request.clone()).await), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(
+        sequences(&read(&mut client, request.clone()).await),
+        [1, 2, 3, 4, 5, 6]
+    );
     request.include_raw = true;
     assert_eq!(sequences(&read(&mut client, request).await), [5, 6]);
     // One question of five large messages is too large for any.
@@ -204,7 +216,10 @@ async fn bad_bounds_and_what_no_window_has_are_named() {
         (with(|r| r.order = 2), "order"),
         (with(|r| r.order = 9), "order"),
         (with(|r| r.model = "\n".into()), "model"),
-        (with(|r| (r.last_turns, r.model) = (None, "m".into())), "model"),
+        (
+            with(|r| (r.last_turns, r.model) = (None, "m".into())),
+            "model",
+        ),
     ];
     for (request, field) in bad {
         let status = client.get_messages(request).await.expect_err(field);
@@ -272,7 +287,10 @@ async fn a_turn_has_its_window_and_says_what_it_takes() {
     request.last_turns = Some(1);
     let started = tell(&mut client, request.clone()).await.started.unwrap();
     assert_eq!(given(&provider), ["be kind", "59", "ok", "hello"]);
-    assert_eq!((started.history_messages, started.history_tokens), (3, 6 + 5 + 5));
+    assert_eq!(
+        (started.history_messages, started.history_tokens),
+        (3, 6 + 5 + 5)
+    );
     assert_eq!(started.tokenizer, "o200k_base");
 
     // Prompt, system prompt, the first message and the new one take 20; an exchange 10.
@@ -281,11 +299,20 @@ async fn a_turn_has_its_window_and_says_what_it_takes() {
     request.max_tokens = Some(3 + 6 + 6 + 5 + 19);
     request.model = "gpt-4".to_owned();
     let started = tell(&mut client, request.clone()).await.started.unwrap();
-    assert_eq!(given(&provider), ["be short", "be kind", "hello", "fine", "hello"]);
-    assert_eq!((started.history_tokens, started.tokenizer.as_str()), (16, "cl100k_base"));
+    assert_eq!(
+        given(&provider),
+        ["be short", "be kind", "hello", "fine", "hello"]
+    );
+    assert_eq!(
+        (started.history_tokens, started.tokenizer.as_str()),
+        (16, "cl100k_base")
+    );
 
     // With less than what must be sent, nothing is.
-    let (asked, stored) = (provider.request_count(), contents(&mut client, "s").await.len());
+    let (asked, stored) = (
+        provider.request_count(),
+        contents(&mut client, "s").await.len(),
+    );
     request.max_tokens = Some(19);
     let told = tell(&mut client, request.clone()).await;
     let error = told.error.unwrap();
@@ -300,7 +327,10 @@ async fn a_turn_has_its_window_and_says_what_it_takes() {
 
     // Without a window by turns or tokens, nothing is counted.
     let started = tell(&mut client, chat("s", "hello")).await.started.unwrap();
-    assert_eq!((started.history_tokens, started.tokenizer.as_str()), (0, ""));
+    assert_eq!(
+        (started.history_tokens, started.tokenizer.as_str()),
+        (0, "")
+    );
     // Of the newest 50 messages, and the first.
     assert_eq!(started.history_messages, 51);
 }

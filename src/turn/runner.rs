@@ -247,7 +247,10 @@ impl Runner {
             before: None,
             bounds,
             tokenizer,
-            besides: system.into_iter().chain(ask.drafts.iter().cloned()).collect(),
+            besides: system
+                .into_iter()
+                .chain(ask.drafts.iter().cloned())
+                .collect(),
             purpose: Purpose::Asking(&ask.drafts),
             bytes_max: history::BYTES_MAX,
             weigh: |element, _| match &element.body {

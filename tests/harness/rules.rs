@@ -19,7 +19,9 @@ pub fn check(messages: &[Value]) -> Result<(), String> {
         if !waiting.is_empty() {
             return Err(format!("[{index}]: the calls {waiting:?} have no result"));
         }
-        let calls = message["tool_calls"].as_array().map_or(&[][..], Vec::as_slice);
+        let calls = message["tool_calls"]
+            .as_array()
+            .map_or(&[][..], Vec::as_slice);
         match role {
             "system" => continue,
             "user" => has_begun = true,
@@ -27,14 +29,19 @@ pub fn check(messages: &[Value]) -> Result<(), String> {
                 return Err(format!("[{index}]: it begins with an assistant message"));
             }
             "assistant" => {
-                let says = message["content"].as_str().is_some_and(|text| !text.is_empty());
+                let says = message["content"]
+                    .as_str()
+                    .is_some_and(|text| !text.is_empty());
                 if !says && calls.is_empty() {
                     return Err(format!("[{index}]: an assistant message that says nothing"));
                 }
             }
             other => return Err(format!("[{index}]: the role {other:?}")),
         }
-        waiting = calls.iter().map(|call| call["id"].as_str().unwrap_or_default()).collect();
+        waiting = calls
+            .iter()
+            .map(|call| call["id"].as_str().unwrap_or_default())
+            .collect();
     }
     match waiting[..] {
         [] => Ok(()),
