@@ -26,9 +26,6 @@ pub enum Error {
     #[error(transparent)]
     InvalidField(#[from] Violation),
 
-    #[error("{field} is not implemented yet")]
-    NotImplemented { field: String },
-
     #[error(transparent)]
     Store(#[from] store::Error),
 
@@ -94,6 +91,10 @@ pub enum Error {
         "the history to give to the model is larger than {limit} bytes; ask for fewer messages"
     )]
     HistoryTooLarge { limit: usize },
+
+    /// What must be in a window is above its `max_tokens`.
+    #[error("the newest exchange alone takes {needed} tokens, more than max_tokens: {max_tokens}")]
+    WindowTooSmall { needed: usize, max_tokens: usize },
 
     #[error("the server runs {limit} turns already")]
     TooManyTurns { limit: usize },
@@ -180,7 +181,6 @@ impl Error {
         use Code::*;
         match self {
             Self::InvalidField(_) => Verdict::new(InvalidArgument, "INVALID_FIELD"),
-            Self::NotImplemented { .. } => Verdict::new(Unimplemented, "NOT_IMPLEMENTED"),
             Self::Store(error) => match error {
                 store::Error::Unavailable(_) => {
                     Verdict::new(Unavailable, "STORE_UNAVAILABLE").retry(RETRY_DELAY)
@@ -263,6 +263,11 @@ impl Error {
             Self::TurnTooLong { .. } => Verdict::new(DeadlineExceeded, "TURN_TOO_LONG"),
             Self::AnswerTooLarge { .. } => Verdict::new(ResourceExhausted, "ANSWER_TOO_LARGE"),
             Self::HistoryTooLarge { .. } => Verdict::new(ResourceExhausted, "HISTORY_TOO_LARGE"),
+            Self::WindowTooSmall { needed, max_tokens } => {
+                Verdict::new(FailedPrecondition, "WINDOW_TOO_SMALL")
+                    .with("needed", needed)
+                    .with("max_tokens", max_tokens)
+            }
             Self::TooManyTurns { .. } => {
                 Verdict::new(ResourceExhausted, "TOO_MANY_TURNS").retry(RETRY_DELAY)
             }
@@ -291,7 +296,6 @@ impl Error {
     fn field(&self) -> Option<(&str, String)> {
         match self {
             Self::InvalidField(violation) => Some((&violation.field, violation.rule.clone())),
-            Self::NotImplemented { field } => Some((field, "is not implemented yet".to_owned())),
             Self::Model(error @ model::Error::UnknownModel(_)) => {
                 Some(("model", error.to_string()))
             }

@@ -23,6 +23,7 @@ use ulid::Ulid;
 
 use crate::{
     error::Error,
+    history::{self, Asked, Wanted},
     langchain,
     message::{
         BATCH_BYTES_MAX, Draft, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, PAGE_MESSAGES_MAX, Role,
@@ -32,9 +33,11 @@ use crate::{
     pb,
     sessions::Sessions,
     store::{self, Append, RequestKey, Store, turns::Stop},
+    tokens::Tokenizer,
     turn::{Ask, Call, Event, Follower, OnConflict, Turns},
     watch::Watch,
-    wire::{self, Refusal, sessions},
+    window::Purpose,
+    wire::{self, MessagesRequest, WindowRequest, sessions},
 };
 
 /// The service `chatmemory.v1.ChatMemory`.
@@ -114,6 +117,24 @@ impl Service {
     }
 }
 
+impl Service {
+    async fn window(&self, request: WindowRequest) -> Result<pb::GetMessagesResponse, Error> {
+        let model = Some(request.model.as_str()).filter(|model| !model.is_empty());
+        let tokenizer = Tokenizer::of_model(model.unwrap_or(self.turns.default_model()));
+        let wanted = Wanted {
+            before: request.before,
+            bounds: request.bounds,
+            tokenizer: Some(tokenizer),
+            besides: Vec::new(),
+            purpose: Purpose::Reading,
+            bytes_max: wire::WINDOW_BYTES_MAX,
+            weigh: wire::weigh(request.include_raw),
+        };
+        let window = history::read(&*self.store, &request.session, wanted).await?;
+        Ok(wire::render_window(request.include_raw, window, tokenizer))
+    }
+}
+
 type WatchStream = Pin<Box<dyn Stream<Item = Result<pb::WatchResponse, Status>> + Send>>;
 type ChatStream = Pin<Box<dyn Stream<Item = Result<pb::ChatResponse, Status>> + Send>>;
 
@@ -154,17 +175,20 @@ impl pb::chat_memory_server::ChatMemory for Service {
     ) -> Result<Response<pb::GetMessagesResponse>, Status> {
         let _entry = self.enter()?;
         let deadline = deadline(request.metadata());
-        let request = wire::parse_page_request(request.into_inner()).map_err(Error::from)?;
+        let request = wire::parse_messages_request(request.into_inner()).map_err(Error::from)?;
 
-        let page = within(
-            deadline,
-            false,
-            self.store.read(&request.session, request.read),
-        )
-        .await?;
-        let page = page.map_err(Error::from)?;
+        let response = match request {
+            MessagesRequest::Page(request) => {
+                let read = self.store.read(&request.session, request.read);
+                let page = within(deadline, false, read).await?.map_err(Error::from)?;
+                wire::render_page(&request, page)
+            }
+            MessagesRequest::Window(request) => {
+                within(deadline, false, self.window(request)).await??
+            }
+        };
 
-        Ok(Response::new(wire::render_page(&request, page)))
+        Ok(Response::new(response))
     }
 
     async fn clear(
@@ -532,16 +556,12 @@ pub fn parse_ask(request: &[u8]) -> Result<Ask, Error> {
 }
 
 fn check_ask(request: pb::ChatRequest) -> Result<Ask, Error> {
-    let history_messages = match request.last_messages {
-        None => None,
-        Some(last) => match usize::try_from(last) {
-            Ok(last @ 1..=PAGE_MESSAGES_MAX) => Some(last),
-            _ => {
-                let rule = format!("must be 1 to {PAGE_MESSAGES_MAX}");
-                return Err(Violation::new("last_messages", rule).into());
-            }
-        },
-    };
+    let history = Asked::parse(
+        request.last_messages,
+        request.last_turns,
+        request.max_tokens,
+        PAGE_MESSAGES_MAX,
+    )?;
     if request.system_prompt.len() > MESSAGE_BYTES_MAX {
         let rule = format!("must be at most {MESSAGE_BYTES_MAX} bytes");
         return Err(Violation::new("system_prompt", rule).into());
@@ -564,23 +584,8 @@ fn check_ask(request: pb::ChatRequest) -> Result<Ask, Error> {
     Ok(Ask {
         drafts,
         prompt,
-        history_messages,
+        history,
     })
-}
-
-fn not_implemented(field: &str) -> Error {
-    Error::NotImplemented {
-        field: field.to_owned(),
-    }
-}
-
-impl From<Refusal> for Error {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Invalid(violation) => violation.into(),
-            Refusal::NotImplemented(field) => not_implemented(field),
-        }
-    }
 }
 
 fn render_event(number: i64, event: Event) -> pb::ChatResponse {
@@ -591,6 +596,8 @@ fn render_event(number: i64, event: Event) -> pb::ChatResponse {
             model: started.model,
             history_messages: i32::try_from(started.history_messages).unwrap_or(i32::MAX),
             attempt: i32::try_from(started.attempt).unwrap_or(i32::MAX),
+            history_tokens: i64::try_from(started.history_tokens).unwrap_or(i64::MAX),
+            tokenizer: started.tokenizer.into_owned(),
         }),
         Event::Delta(delta) => Shown::Delta(pb::Delta {
             text: delta.text,
@@ -657,11 +664,11 @@ async fn until<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> R
 
 /// Waits for the store no longer than the caller does. `writes`: the store may have done the work
 /// although the wait was given up.
-async fn within<T, E>(
+async fn within<T>(
     deadline: Option<Instant>,
     writes: bool,
-    work: impl Future<Output = Result<T, E>>,
-) -> Result<Result<T, E>, Error> {
+    work: impl Future<Output = T>,
+) -> Result<T, Error> {
     let Some(deadline) = deadline else {
         return Ok(work.await);
     };

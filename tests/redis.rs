@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use chat_memory::history;
 use chat_memory::message::SessionId;
 use chat_memory::store::redis::{InvalidSettings, Redis as RedisStore, Settings};
 use chat_memory::store::sessions::{
@@ -22,6 +23,8 @@ use chat_memory::store::{
     Append, Appended, Body, ELEMENT_BYTES_MAX, Epoch, Error, Order, Page, REQUEST_MEMORY_MS, Read,
     RequestKey, Store as _, TOMBSTONE_MS,
 };
+use chat_memory::tokens::Tokenizer;
+use chat_memory::window::Purpose;
 use harness::proxy::{Mode, Proxy};
 use harness::redis::{Options, Redis};
 use redis::Value;
@@ -808,6 +811,73 @@ async fn the_last_20_of_100_000_cost_what_the_last_20_of_20_cost() {
         ));
     }
     assert_eq!(costs, [(1, costs[0].1, 21); 2]);
+}
+
+/// A window of so many tokens, and how many messages it has.
+async fn read_window(store: &RedisStore, session: &SessionId, max_tokens: usize) -> usize {
+    let wanted = history::Wanted {
+        before: None,
+        bounds: history::Asked {
+            tokens: Some(max_tokens),
+            ..Default::default()
+        },
+        tokenizer: Some(Tokenizer::O200k),
+        besides: Vec::new(),
+        purpose: Purpose::Reading,
+        bytes_max: 3 << 20,
+        weigh: |_, _| Some(0),
+    };
+    let read = history::read(store, session, wanted).await.unwrap();
+    read.entries.len()
+}
+
+#[tokio::test]
+async fn a_window_of_a_million_messages_costs_what_a_window_of_a_hundred_costs() {
+    let (redis, store) = start().await;
+    let mut client = redis.client().await.unwrap();
+    // Each character is a token.
+    let text = "a1".repeat(33);
+    let stored = |kind: &str| {
+        format!(
+            r#"{{"type": "{kind}", "data": {{"content": "{text}", "additional_kwargs": {{}}}}}}"#
+        )
+    };
+    let pair = [stored("human"), stored("ai")];
+    // LangChain's lists have their newest message first, so this is filled from its end.
+    for (name, pairs) in [("small", 50), ("large", 500_000)] {
+        let batch = redis::Script::new(
+            "local pairs = {}
+             for n = 1, 1000 do pairs[2 * n - 1] = ARGV[1] pairs[2 * n] = ARGV[2] end
+             local left = tonumber(ARGV[3])
+             while left > 0 do
+                 local count = math.min(left, 1000)
+                 redis.call('LPUSH', KEYS[1], unpack(pairs, 1, 2 * count))
+                 left = left - count
+             end",
+        );
+        let key = format!("message_store:{name}");
+        let mut filling = batch.key(key);
+        filling.arg(&pair[0]).arg(&pair[1]).arg(pairs);
+        let _: () = filling.invoke_async(&mut client).await.unwrap();
+    }
+    let mut monitor = Monitor::start(&redis).await;
+    let mut costs = Vec::new();
+    for name in ["small", "large"] {
+        let session = SessionId::parse(name).unwrap();
+        // The first read takes note of what others have written.
+        read_window(&store, &session, 4_000).await;
+        monitor.commands(&redis).await;
+        let messages = read_window(&store, &session, 4_000).await;
+        let (of_clients, of_scripts) = monitor.commands(&redis).await;
+        costs.push((
+            messages,
+            of_clients.len(),
+            of_scripts.len(),
+            elements_fetched(&of_scripts),
+        ));
+    }
+    // The newest 64 messages and the first 16, and one to compare with each.
+    assert_eq!(costs, [(56, 2, costs[0].2, 64 + 16 + 2); 2]);
 }
 
 #[tokio::test]

@@ -45,6 +45,7 @@ use tokio_util::{
 
 use crate::{
     error::{Error, Recorded},
+    history::Asked,
     langchain,
     message::{Draft, Message, PAGE_BYTES_MAX, SessionId},
     metrics::{self, Outcome},
@@ -99,8 +100,8 @@ pub struct Ask {
     pub drafts: Vec<Draft>,
     /// The model, system prompt, tools and options. Its messages are filled in by the turn.
     pub prompt: Prompt,
-    /// Messages of history at most.
-    pub history_messages: Option<usize>,
+    /// How much history; if nothing is said, as the settings say.
+    pub history: Asked,
 }
 
 /// Reads what was asked from its bytes, which are kept with the turn so that another server can run
@@ -513,6 +514,11 @@ impl Turns {
     pub fn abort(&self) {
         self.0.tasks.close();
         self.0.abort.cancel();
+    }
+
+    /// The model that answers if a turn names none.
+    pub fn default_model(&self) -> &str {
+        self.0.model.default_model()
     }
 
     /// How many turns run now.

@@ -14,26 +14,23 @@ use super::{
     events::{self, Completed, Delta, Event, Started},
     lock,
     log::End,
-    look, outcome, read_message, to_ms,
+    look, outcome, to_ms,
 };
 use crate::{
     error::{Error, Recorded},
+    history::{self, Asked, History, Wanted},
     langchain,
-    message::{
-        ANSWER_BYTES_MAX, Draft, Json, Message, PAGE_BYTES_MAX, Role, SessionId, now_ms,
-        stored_messages,
-    },
+    message::{ANSWER_BYTES_MAX, Draft, Json, Role, SessionId, now_ms, stored_messages},
     metrics::{self, Outcome},
     model::{self, FinishReason, Piece, Prompt},
     store::{
-        self, Body, Element, Order, Read, Store,
+        self, Body, Store,
         turns::{EndTurn, FollowTurn, KeepTurn, Kept, Lease, Stop, TurnId, TurnState},
     },
-    window,
+    tokens::Tokenizer,
+    window::Purpose,
 };
 
-/// Bytes of stored history that one turn reads, at most. Models take far less.
-const HISTORY_BYTES_MAX: usize = 16 << 20;
 /// How often what was said is written to the store's log, at most.
 const WRITE_EVERY: Duration = Duration::from_millis(250);
 /// How often the store is asked whether the turn is to stop, at least.
@@ -254,13 +251,18 @@ impl Runner {
     /// Gives history and new messages to the model, and passes on what it says.
     async fn ask(&self, ask: &Ask, answer: &mut Answer) -> Result<model::End, Error> {
         let mut begun_at = Some(Instant::now());
-        let newest = self.history(ask).await?;
-        check_results(&newest, &ask.drafts)?;
-        let history = window::choose(newest);
+        let model = self.model(&ask.prompt).to_owned();
+        let is_counted = ask.history.is_counted();
+        let tokenizer = is_counted.then(|| Tokenizer::of_model(&model));
+        let read = self.history(ask, tokenizer).await?;
+        let messages = read.entries.into_iter().filter_map(|entry| entry.message);
+        let history: Vec<Draft> = messages.map(|message| message.draft).collect();
         self.held.log.push(Event::Started(Started {
             turn_id: self.held.name.clone(),
-            model: self.model(&ask.prompt).to_owned(),
+            model,
             history_messages: history.len(),
+            history_tokens: read.tokens,
+            tokenizer: tokenizer.map_or("", Tokenizer::name).into(),
             attempt: self.run.leased.attempt,
         }));
         let mut prompt = ask.prompt.clone();
@@ -301,39 +303,35 @@ impl Runner {
         prompt.model.as_deref().unwrap_or(default_model)
     }
 
-    /// The newest messages of the session that can be read, oldest first.
-    async fn history(&self, ask: &Ask) -> Result<Vec<Message>, Error> {
-        let default = self.shared.settings.history_messages;
-        let wanted = ask.history_messages.unwrap_or(default);
-        let mut newest: Vec<Element> = Vec::new();
-        let mut bytes_left = HISTORY_BYTES_MAX;
-        let mut before = None;
-        loop {
-            let read = Read {
-                order: Order::NewestFirst,
-                after: 0,
-                before,
-                last: None,
-                limit: (wanted - newest.len()).max(1),
-                bytes_max: PAGE_BYTES_MAX,
-            };
-            let page = self.shared.store.read(&self.run.session, read).await?;
-            for element in page.elements {
-                if let Body::Bytes(bytes) = &element.body {
-                    let left = bytes_left.checked_sub(bytes.len());
-                    let limit = HISTORY_BYTES_MAX;
-                    bytes_left = left.ok_or(Error::HistoryTooLarge { limit })?;
-                }
-                before = Some(element.sequence);
-                newest.push(element);
-            }
-            if !page.more || newest.len() >= wanted {
-                break;
-            }
+    /// What the model is given of the session.
+    async fn history(&self, ask: &Ask, tokenizer: Option<Tokenizer>) -> Result<History, Error> {
+        let mut bounds = ask.history;
+        if bounds == Asked::default() {
+            bounds.messages = Some(self.shared.settings.history_messages);
         }
-        newest.truncate(wanted);
-        newest.reverse();
-        Ok(newest.iter().filter_map(read_message).collect())
+        let system = ask.prompt.system.as_ref();
+        let system = system.map(|text| Draft::text(Role::System, text));
+        let wanted = Wanted {
+            before: None,
+            bounds,
+            tokenizer,
+            besides: system
+                .into_iter()
+                .chain(ask.drafts.iter().cloned())
+                .collect(),
+            purpose: Purpose::Asking(&ask.drafts),
+            bytes_max: history::BYTES_MAX,
+            weigh: |element, _| match &element.body {
+                Body::Bytes(bytes) => Some(bytes.len()),
+                Body::TooLarge(_) => None,
+            },
+        };
+        let read = history::read(&*self.shared.store, &self.run.session, wanted).await?;
+        if read.is_cut_by_bytes {
+            let limit = history::BYTES_MAX;
+            return Err(Error::HistoryTooLarge { limit });
+        }
+        Ok(read)
     }
 
     /// Stores question and answer in one step. Without an end, the answer was stopped.
@@ -594,39 +592,6 @@ fn is_final(error: &store::Error) -> bool {
         | store::Error::WrongKeyType { .. }
         | store::Error::Corrupt(_) => true,
     }
-}
-
-/// Refuses a tool result whose call does not wait for it: the call is the last answer's, and has no
-/// result yet.
-fn check_results(history: &[Message], new: &[Draft]) -> Result<(), Error> {
-    let mut answered: Vec<&str> = Vec::new();
-    let mut calls: Vec<&str> = Vec::new();
-    for message in history.iter().rev() {
-        match message.draft.role {
-            Role::Tool => answered.extend(message.draft.tool_call_id.as_deref()),
-            Role::Assistant => {
-                calls.extend(message.draft.tool_calls.iter().map(|call| call.id.as_str()));
-                break;
-            }
-            _ => break,
-        }
-    }
-    calls.retain(|call| !answered.contains(call));
-    for (index, draft) in new.iter().enumerate() {
-        if draft.role != Role::Tool {
-            continue;
-        }
-        let id = draft.tool_call_id.as_deref().unwrap_or_default();
-        match calls.iter().position(|call| *call == id) {
-            Some(found) => drop(calls.remove(found)),
-            None => {
-                let field = format!("messages[{index}].tool_call_id");
-                let rule = "must name a tool call of the session's last answer that has no result";
-                return Err(crate::message::Violation::new(field, rule).into());
-            }
-        }
-    }
-    Ok(())
 }
 
 /// What LangChain's own chat models note with an answer.

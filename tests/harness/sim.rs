@@ -748,7 +748,7 @@ fn parse(request: &[u8]) -> Result<Ask, Error> {
             tools: Vec::new(),
             options: model::Options::default(),
         },
-        history_messages: None,
+        history: Default::default(),
     })
 }
 
@@ -845,6 +845,7 @@ impl Client {
                 | Error::RequestReused { .. }
                 | Error::AnswerTooLarge { .. }
                 | Error::HistoryTooLarge { .. }
+                | Error::WindowTooSmall { .. }
                 | Error::Internal
                 | Error::Store(store::Error::Corrupt(_) | store::Error::RequestReused)
         );

@@ -12,6 +12,7 @@ from loopback_openai import Provider
 import chat_memory
 from chat_memory import (
     AsyncClient,
+    ChatMemoryError,
     Client,
     Completed,
     Delta,
@@ -328,3 +329,22 @@ def test_a_server_that_is_not_there_is_unavailable_within_the_time() -> None:
         with pytest.raises(chat_memory.Unavailable):
             client.chat("s", "x", timeout=0.3).text()
     assert caught.value.reason == ""
+
+
+def test_a_window_says_its_tokens_and_is_refused_where_it_is_too_small(
+    target: str, session_id: str
+) -> None:
+    with Client(target) as client:
+        client.append(session_id, [user("hello"), user("hello")])
+        window = client.get_messages(session_id, last_turns=1, model="gpt-4")
+        assert [message.content for message in window.messages] == ["hello", "hello"]
+        assert (window.token_count, window.tokenizer) == (13, "cl100k_base")
+        with pytest.raises(ChatMemoryError) as refused:
+            client.get_messages(session_id, max_tokens=12)
+        assert refused.value.reason == "WINDOW_TOO_SMALL"
+        with client.chat(session_id, "hello", max_tokens=1000, last_turns=1) as stream:
+            for _ in stream:
+                pass
+        assert stream.started is not None
+        assert stream.started.history_messages == 2
+        assert stream.started.history_tokens == 10

@@ -101,15 +101,22 @@ class Client:
         page_token: str = "",
         newest_first: bool = False,
         last_messages: int | None = None,
+        last_turns: int | None = None,
+        max_tokens: int | None = None,
         after_sequence: int | None = None,
         before_sequence: int | None = None,
         include_raw: bool = False,
+        model: str = "",
         timeout: float | None = None,
     ) -> pb.GetMessagesResponse:
         """Returns one page: its `messages`, and the `next_page_token` if there are more.
 
         `last_messages=20` is the usual way to read the end of a session; it costs the same however
         long the session is.
+
+        With `last_turns` or `max_tokens` it is a window instead: the end of the session as a model
+        accepts it, on one page, with its `token_count` as the tokenizer of `model` counts.
+        `WINDOW_TOO_SMALL` says that the newest exchange alone takes more.
         """
         request = _requests.page_request(
             session_id,
@@ -117,9 +124,12 @@ class Client:
             page_token=page_token,
             newest_first=newest_first,
             last_messages=last_messages,
+            last_turns=last_turns,
+            max_tokens=max_tokens,
             after_sequence=after_sequence,
             before_sequence=before_sequence,
             include_raw=include_raw,
+            model=model,
         )
         return self._call(self._open().GetMessages, request, timeout)
 
@@ -172,6 +182,8 @@ class Client:
         model: str = "",
         system_prompt: str = "",
         last_messages: int | None = None,
+        last_turns: int | None = None,
+        max_tokens: int | None = None,
         tools: Iterable[pb.Tool] = (),
         options: pb.ModelOptions | None = None,
         on_conflict: pb.OnConflict.ValueType = pb.ON_CONFLICT_UNSPECIFIED,
@@ -195,6 +207,8 @@ class Client:
             model=model,
             system_prompt=system_prompt,
             last_messages=last_messages,
+            last_turns=last_turns,
+            max_tokens=max_tokens,
             tools=tools,
             options=options,
             on_conflict=on_conflict,

@@ -45,9 +45,12 @@ def page_request(
     page_token: str,
     newest_first: bool,
     last_messages: int | None,
+    last_turns: int | None,
+    max_tokens: int | None,
     after_sequence: int | None,
     before_sequence: int | None,
     include_raw: bool,
+    model: str,
 ) -> pb.GetMessagesRequest:
     """The request of one page."""
     return pb.GetMessagesRequest(
@@ -56,9 +59,12 @@ def page_request(
         page_token=page_token,
         order=pb.ORDER_NEWEST_FIRST if newest_first else pb.ORDER_OLDEST_FIRST,
         last_messages=last_messages,
+        last_turns=last_turns,
+        max_tokens=max_tokens,
         after_sequence=after_sequence,
         before_sequence=before_sequence,
         include_raw=include_raw,
+        model=model,
     )
 
 
@@ -70,6 +76,8 @@ def chat_request(
     model: str,
     system_prompt: str,
     last_messages: int | None,
+    last_turns: int | None,
+    max_tokens: int | None,
     tools: Iterable[pb.Tool],
     options: pb.ModelOptions | None,
     on_conflict: pb.OnConflict.ValueType,
@@ -87,6 +95,8 @@ def chat_request(
         model=model,
         system_prompt=system_prompt,
         last_messages=last_messages,
+        last_turns=last_turns,
+        max_tokens=max_tokens,
         tools=tools,
         options=options,
         on_conflict=on_conflict,
