@@ -22,15 +22,11 @@ pub struct Child {
     process: Process,
     /// What it listens on: `127.0.0.1:PORT`, or `unix:/path`.
     pub addresses: Vec<String>,
-    /// From its start to the line that says that it is ready.
-    pub started_in: Duration,
-    pub log: PathBuf,
 }
 
 impl Child {
     /// Starts a process that says "listening on ADDRESS" and then a line with "Stop it with".
     fn start(mut command: Command, log: PathBuf) -> Result<Self> {
-        let begin = Instant::now();
         let mut process = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -46,14 +42,11 @@ impl Child {
                 addresses.push(address.trim().to_owned());
             }
             if line.starts_with("Stop it with") {
-                let started_in = begin.elapsed();
                 // Somebody must read on: a full pipe would stop it.
                 std::thread::spawn(move || lines.for_each(drop));
                 return Ok(Self {
                     process,
                     addresses,
-                    started_in,
-                    log,
                 });
             }
         }

@@ -68,11 +68,39 @@ impl Table {
     }
 }
 
+/// What is drawn: lines of points.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Series {
+    /// The name of its file.
+    pub name: String,
+    pub x: String,
+    pub y: String,
+    pub lines: Vec<(String, Vec<(f64, f64)>)>,
+}
+
+impl Series {
+    pub fn new(name: &str, x: &str, y: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            x: x.to_owned(),
+            y: y.to_owned(),
+            lines: Vec::new(),
+        }
+    }
+
+    pub fn line(&mut self, name: &str, points: Vec<(f64, f64)>) {
+        self.lines.push((name.to_owned(), points));
+    }
+}
+
 /// All that a run has shown.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Report {
+    /// What it ran on, line by line.
+    pub machine: Vec<String>,
     pub figures: Vec<Figure>,
     pub tables: Vec<Table>,
+    pub series: Vec<Series>,
 }
 
 impl Report {
@@ -89,6 +117,10 @@ impl Report {
             value: median(&rounds),
             rounds,
         });
+    }
+
+    pub fn series(&mut self, series: Series) {
+        self.series.push(series);
     }
 
     /// Shows a table and keeps it.

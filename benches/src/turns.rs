@@ -429,7 +429,8 @@ async fn delays(bench: &Bench, report: &mut Report) -> Result<()> {
             "first: p99",
         ],
     );
-    let (mut firsts, mut first_p99s, mut p99s) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut firsts, mut first_p99s) = (Vec::new(), Vec::new());
+    let (mut p50s, mut p99s) = (Vec::new(), Vec::new());
     for round in 1..=rounds {
         let stage = Stage::new(bench, DELAY_TURNS).await?;
         stage.warm_up().await?;
@@ -484,11 +485,13 @@ async fn delays(bench: &Bench, report: &mut Report) -> Result<()> {
         ]);
         firsts.push(first as f64 / 1e3);
         first_p99s.push(first_p99 as f64 / 1e3);
+        p50s.push(seen.added.value_at_quantile(0.5) as f64 / 1e3);
         p99s.push(p99 as f64 / 1e3);
     }
     bar.finish_and_clear();
     report.spread("first_token_added_us", firsts);
     report.spread("first_token_added_us_p99", first_p99s);
+    report.spread("token_added_us_p50", p50s);
     report.spread("token_added_us_p99", p99s);
     report.table(table);
     Ok(())
