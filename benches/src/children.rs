@@ -44,10 +44,7 @@ impl Child {
             if line.starts_with("Stop it with") {
                 // Somebody must read on: a full pipe would stop it.
                 std::thread::spawn(move || lines.for_each(drop));
-                return Ok(Self {
-                    process,
-                    addresses,
-                });
+                return Ok(Self { process, addresses });
             }
         }
         process.kill().ok();

@@ -80,7 +80,7 @@ struct Cli {
     #[arg(
         long,
         value_name = "FILE",
-        default_value = "target/python-venv/bin/python"
+        default_value = "target/bench/python/bin/python"
     )]
     python: PathBuf,
 

@@ -287,7 +287,7 @@ async fn held(bench: &Bench, report: &mut Report) -> Result<()> {
             "stored",
             "KiB per turn",
             "log writes per turn and s",
-            "CPU: server",
+            "µs of CPU per token: server",
             "Redis",
             "model",
             "client",
@@ -375,8 +375,7 @@ async fn step(bench: &Bench, turns: usize, table: &mut Table) -> Result<Held> {
         format!("{:.2}", scripts as f64 / seconds / turns as f64),
     ];
     for (after, before) in cpu_after.iter().zip(cpu_before) {
-        let share = (after - before) as f64 / 1e6 / seconds;
-        row.push(format!("{:.0} %", share * 100.0));
+        row.push(format!("{:.1}", (after - before) as f64 / heard as f64));
     }
     table.row(row);
     for failure in seen.failures.iter().take(3) {
