@@ -62,20 +62,20 @@ type Call = Arc<dyn Fn(usize, u64) -> Calling + Send + Sync>;
 #[derive(Clone)]
 pub struct Target {
     pub name: String,
-    /// The process that answers.
-    pub process: u32,
+    /// The process that answers, and the one that it may ask in turn.
+    processes: [u32; 2],
     call: Call,
 }
 
 impl Target {
     pub fn new(
         name: &str,
-        process: u32,
+        processes: [u32; 2],
         call: impl Fn(usize, u64) -> Calling + Send + Sync + 'static,
     ) -> Self {
         Self {
             name: name.to_owned(),
-            process,
+            processes,
             call: Arc::new(call),
         }
     }
@@ -86,8 +86,8 @@ pub struct Sample {
     pub calls_per_second: f64,
     /// Nanoseconds of a call.
     pub latency: Histogram<u64>,
-    /// CPU time of the process that answers, in microseconds.
-    pub cpu_us_per_call: f64,
+    /// CPU time of the process that answers, and of the one behind it, in microseconds.
+    pub cpu_us_per_call: [f64; 2],
 }
 
 const WARMING: u8 = 0;
@@ -122,11 +122,11 @@ pub async fn drive(
     }
     sleep(warm_up).await;
     phase.store(COUNTING, Ordering::Relaxed);
-    let (cpu_before, begin) = (cpu_us(target.process), Instant::now());
+    let (cpu_before, begin) = (target.processes.map(cpu_us), Instant::now());
     sleep(length).await;
     phase.store(STOPPED, Ordering::Relaxed);
     let seconds = begin.elapsed().as_secs_f64();
-    let cpu = cpu_us(target.process) - cpu_before;
+    let cpu_after = target.processes.map(cpu_us);
 
     let mut latency = histogram()?;
     while let Some(done) = tasks.join_next().await {
@@ -137,7 +137,7 @@ pub async fn drive(
     Ok(Sample {
         calls_per_second: calls / seconds,
         latency,
-        cpu_us_per_call: cpu as f64 / calls,
+        cpu_us_per_call: [0, 1].map(|of| (cpu_after[of] - cpu_before[of]) as f64 / calls),
     })
 }
 

@@ -1,6 +1,6 @@
 //! Measures chat-memory beside what it is compared with. `scripts/bench` builds and runs it.
 //!
-//! - [`load`]: callers
+//! - [`load`][]: callers
 //! - [`memory`]: Append and GetMessages, footprint, bytes
 //! - [`peers`]: the servers that it is compared with
 //! - [`turns`]: chat turns

@@ -157,46 +157,58 @@ impl Stage {
             answer_bytes: answer as u32,
             filling: Bytes::from(vec![b'x'; request - 6]),
         };
-        Target::new(HELLO, self.peers.id(), move |caller, _| {
-            let mut client = clients[caller % clients.len()].clone();
-            let say = say.clone();
-            Box::pin(async move {
-                client.say(say).await?;
-                Ok(())
-            })
-        })
+        Target::new(
+            HELLO,
+            [self.peers.id(), self.redis.id()],
+            move |caller, _| {
+                let mut client = clients[caller % clients.len()].clone();
+                let say = say.clone();
+                Box::pin(async move {
+                    client.say(say).await?;
+                    Ok(())
+                })
+            },
+        )
     }
 
     /// Pushes to `SESSION`, or to the key that `key` makes of caller and call.
     fn push(&self, key: impl Fn(usize, u64) -> String + Send + Sync + 'static) -> Target {
         let clients = self.clients.naive.clone();
         let element = Bytes::from(langchain_element());
-        Target::new(NAIVE, self.peers.id(), move |caller, call| {
-            let mut client = clients[caller % clients.len()].clone();
-            let request = PushRequest {
-                session_id: key(caller, call),
-                element: element.clone(),
-            };
-            Box::pin(async move {
-                client.push(request).await?;
-                Ok(())
-            })
-        })
+        Target::new(
+            NAIVE,
+            [self.peers.id(), self.redis.id()],
+            move |caller, call| {
+                let mut client = clients[caller % clients.len()].clone();
+                let request = PushRequest {
+                    session_id: key(caller, call),
+                    element: element.clone(),
+                };
+                Box::pin(async move {
+                    client.push(request).await?;
+                    Ok(())
+                })
+            },
+        )
     }
 
     fn read_naive(&self, count: i32) -> Target {
         let clients = self.clients.naive.clone();
-        Target::new(NAIVE, self.peers.id(), move |caller, _| {
-            let mut client = clients[caller % clients.len()].clone();
-            let request = LastRequest {
-                session_id: format!("{PREFIX}{}", long_session(caller)),
-                count: count.into(),
-            };
-            Box::pin(async move {
-                let answer = client.last(request).await?.into_inner();
-                expect(answer.elements.len(), count)
-            })
-        })
+        Target::new(
+            NAIVE,
+            [self.peers.id(), self.redis.id()],
+            move |caller, _| {
+                let mut client = clients[caller % clients.len()].clone();
+                let request = LastRequest {
+                    session_id: format!("{PREFIX}{}", long_session(caller)),
+                    count: count.into(),
+                };
+                Box::pin(async move {
+                    let answer = client.last(request).await?.into_inner();
+                    expect(answer.elements.len(), count)
+                })
+            },
+        )
     }
 
     fn append(
@@ -213,7 +225,7 @@ impl Stage {
         // Each load is new, whatever came before.
         let load = crate::clock::now_ns();
         let loads = Arc::new(std::sync::atomic::AtomicU64::new(load));
-        Target::new(name, process, move |caller, call| {
+        Target::new(name, [process, self.redis.id()], move |caller, call| {
             let mut client = clients[caller % clients.len()].clone();
             let number = loads.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let request = append_request(session(caller, call), format!("{number:032x}"));
@@ -240,7 +252,7 @@ impl Stage {
             _ => self.server.id(),
         };
         let clients = clients.clone();
-        Target::new(name, process, move |caller, call| {
+        Target::new(name, [process, self.redis.id()], move |caller, call| {
             let mut client = clients[caller % clients.len()].clone();
             let request = last_request(session(caller, call), count);
             Box::pin(async move {
@@ -353,11 +365,13 @@ fn load_table(title: &str, targets: &[Target], samples: &[Vec<Sample>]) -> Resul
             "p50",
             "p99",
             "p99.9",
-            "CPU of the server per call",
+            "CPU per call: server",
+            "Redis",
         ],
     );
     for (target, samples) in targets.iter().zip(samples) {
         let rates = each(samples, rate);
+        let cpu = |of: fn(&Sample) -> f64| format!("{:.1} µs", median(&each(samples, of)));
         let mut latency = crate::load::histogram()?;
         for sample in samples {
             latency.add(&sample.latency)?;
@@ -372,10 +386,8 @@ fn load_table(title: &str, targets: &[Target], samples: &[Vec<Sample>]) -> Resul
             micros(latency.value_at_quantile(0.5)),
             micros(latency.value_at_quantile(0.99)),
             micros(latency.value_at_quantile(0.999)),
-            format!(
-                "{:.1} µs",
-                median(&each(samples, |sample| sample.cpu_us_per_call))
-            ),
+            cpu(|sample| sample.cpu_us_per_call[0]),
+            cpu(|sample| sample.cpu_us_per_call[1]),
         ]);
     }
     Ok(table)
@@ -405,11 +417,11 @@ pub async fn append(bench: &Bench, report: &mut Report) -> Result<()> {
     report.spread("uds_vs_tcp", ratios(socket, ours, rate));
     report.spread(
         "server_cpu_us_append",
-        each(ours, |sample| sample.cpu_us_per_call),
+        each(ours, |sample| sample.cpu_us_per_call[0]),
     );
     report.spread(
         "server_cpu_append_vs_naive",
-        ratios(ours, naive, |sample| sample.cpu_us_per_call),
+        ratios(ours, naive, |sample| sample.cpu_us_per_call[0]),
     );
     let title = "Append, 300-byte messages, 64 callers on 8 connections";
     report.table(load_table(title, &targets, &samples)?);
@@ -508,7 +520,7 @@ pub async fn get(bench: &Bench, report: &mut Report) -> Result<()> {
     ];
     let samples = side_by_side(bench, "get the last 50", &targets, CALLERS).await?;
     report.spread("get50_vs_naive", ratios(&samples[1], &samples[0], rate));
-    let cpu = |sample: &Sample| sample.cpu_us_per_call;
+    let cpu = |sample: &Sample| sample.cpu_us_per_call[0];
     report.spread("server_cpu_us_get50", each(&samples[1], cpu));
     report.spread(
         "server_cpu_get50_vs_naive",
