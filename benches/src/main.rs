@@ -254,7 +254,6 @@ fn machine(bench: &Bench) -> Result<Vec<String>> {
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load = load.split(' ').next().unwrap_or_default();
     let program = bench.program.to_str().ok_or("a path that is not UTF-8")?;
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
     Ok(vec![
         first_line(program, &["--version"])?,
         first_line("redis-server", &["--version"])?,
@@ -262,6 +261,9 @@ fn machine(bench: &Bench) -> Result<Vec<String>> {
         first_line("uname", &["-srm"])?,
         format!("{cores} cores, shared by clients, server, model and Redis"),
         format!("load of the machine before the run: {load}"),
-        format!("`scripts/bench {}`", arguments.join(" ")),
+        match bench.quick {
+            true => "a quick run: an impression, not a result".to_owned(),
+            false => "a full run".to_owned(),
+        },
     ])
 }
