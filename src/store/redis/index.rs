@@ -33,14 +33,18 @@ const FLUSH_AFTER: Duration = Duration::from_millis(200);
 const NOTED_MAX: usize = 100_000;
 /// Keys in one step of a round, and sessions in one command.
 const STEP: usize = 1_000;
+/// Sessions of which one command asks whether they are there.
+const EXISTS_STEP: usize = 100;
 /// How many keys a round looks at in a second, unless there are so many that it would take longer
 /// than [`ROUND_MAX`].
-const ROUND_KEYS_PER_S: u64 = 10_000;
+const ROUND_KEYS_PER_S: u64 = 5_000;
 /// How long a round takes, and so how far apart two are: at least this, which bounds what a small
 /// store costs…
 const ROUND_MIN: Duration = Duration::from_secs(5);
 /// …and at most this: what others have written shows within a minute.
 const ROUND_MAX: Duration = Duration::from_secs(45);
+/// How long after its start a server makes its first round.
+const ROUND_AFTER: Duration = Duration::from_secs(1);
 /// How many bits of a score are the length's.
 const LENGTH_BITS: u32 = 11;
 
@@ -440,6 +444,8 @@ impl Entries {
     }
 
     async fn heal_for_ever(&self) {
+        // Whoever has only a few calls to make leaves it to the servers.
+        time::sleep(ROUND_AFTER).await;
         loop {
             let wait = match self.round().await {
                 Ok(wait) => wait,
@@ -534,6 +540,27 @@ impl Entries {
         }
     }
 
+    /// Those of these sessions that are gone. Mostly none is, and one command says so.
+    async fn missing(&self, entries: &[Entry]) -> std::result::Result<Vec<Entry>, Failure> {
+        let mut commands = redis::pipe();
+        commands.cmd("EXISTS");
+        for entry in entries {
+            commands.arg(self.list(&entry.session));
+        }
+        let count = i64::try_from(entries.len()).unwrap_or(i64::MAX);
+        if self.query(&commands).await?.first() == Some(&Value::Int(count)) {
+            return Ok(Vec::new());
+        }
+        let mut commands = redis::pipe();
+        for entry in entries {
+            commands.cmd("EXISTS").arg(self.list(&entry.session));
+        }
+        let found = self.query(&commands).await?;
+        let is_gone = |(_, found): &(&Entry, Value)| *found == Value::Int(0);
+        let missing = entries.iter().zip(found).filter(is_gone);
+        Ok(missing.map(|(entry, _)| entry.clone()).collect())
+    }
+
     /// Takes sessions out that are gone.
     async fn find_gone(&self, pause: Duration) -> std::result::Result<(), Failure> {
         let mut cursor = "0".to_owned();
@@ -551,15 +578,8 @@ impl Entries {
             };
             let entries = parse_entries(entries).unwrap_or_default();
             let mut gone = Vec::new();
-            for entries in entries.chunks(STEP) {
-                let mut commands = redis::pipe();
-                for entry in entries {
-                    commands.cmd("EXISTS").arg(self.list(&entry.session));
-                }
-                let found = self.query(&commands).await?;
-                let is_gone = |(_, found): &(&Entry, Value)| *found == Value::Int(0);
-                let missing = entries.iter().zip(found).filter(is_gone);
-                gone.extend(missing.map(|(entry, _)| entry.clone()));
+            for entries in entries.chunks(EXISTS_STEP) {
+                gone.extend(self.missing(entries).await?);
             }
             self.forget(&gone).await?;
             if next == b"0" {
