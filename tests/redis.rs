@@ -2396,7 +2396,15 @@ async fn a_key_of_another_type_is_named_and_left_alone() {
 #[tokio::test]
 async fn facts_that_make_no_sense_are_reported_and_left_alone() {
     let (redis, store) = start().await;
-    for (field, value) in [("base", "x"), ("base", "9"), ("base", "-1"), ("epoch", "")] {
+    for (field, value) in [
+        ("base", "x"),
+        ("base", "9"),
+        ("base", "-1"),
+        ("epoch", ""),
+        ("gaps", "x"),
+        ("gaps", ""),
+        ("gaps", "\u{1}"),
+    ] {
         let _: Value = redis.command(&["FLUSHALL"]).await;
         append(&store, &["a"]).await;
         let _: i64 = redis.command(&["HSET", FACTS, field, value]).await;

@@ -17,7 +17,10 @@ use crate::{
     message::{SESSION_ID_BYTES_MAX, SessionId},
     moving::progress::Progress,
     start::EXIT_USAGE,
-    store::{self, ELEMENT_BYTES_MAX, redis::inspect::Inspector},
+    store::{
+        self, ELEMENT_BYTES_MAX,
+        redis::inspect::{self, Inspector},
+    },
 };
 
 pub mod rules;
@@ -150,7 +153,7 @@ impl Doctor {
     async fn key(&mut self, key: &[u8]) -> Result<(), Failure> {
         let facts = self.inspector.facts(key).await?;
         // An empty prefix also matches what we keep beside the lists.
-        let is_ours = key.starts_with(b"{") && facts.kind != "list";
+        let is_ours = key.starts_with(b"{") && facts.kind != "list" || inspect::is_copy(key);
         if facts.kind == "none" || is_ours {
             return Ok(());
         }

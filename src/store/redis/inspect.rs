@@ -7,6 +7,7 @@ use std::time::Duration;
 use redis::Value;
 
 use super::connection::{Connection, Failure};
+pub use super::layout::is_copy;
 use super::layout::pattern;
 use super::{InvalidSettings, Settings, failure_of_read, unexpected};
 use crate::store::{Error, Result};

@@ -48,6 +48,12 @@ impl Keys {
     }
 }
 
+/// Whether a key is such a list.
+pub fn is_copy(key: &[u8]) -> bool {
+    let mark = b"}:fork:";
+    key.starts_with(b"{") && key.windows(mark.len()).any(|part| part == mark)
+}
+
 /// The channel on which the scripts tell of changes of a session.
 pub(super) fn channel(prefix: &str, session: &SessionId) -> String {
     format!("{{{prefix}{session}}}:changed")

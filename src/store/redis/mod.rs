@@ -309,7 +309,7 @@ impl Store for Redis {
                 unusable: 0,
                 next: (next != "0").then(|| Cursor(format!("{answered_by}/{next}"))),
             };
-            for key in keys {
+            for key in keys.into_iter().filter(|key| !inspect::is_copy(key)) {
                 let id = key.get(self.key_prefix.len()..).unwrap_or_default();
                 let id = String::from_utf8(id.to_vec()).ok();
                 match id.and_then(|id| SessionId::parse(id).ok()) {

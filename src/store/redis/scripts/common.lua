@@ -107,6 +107,7 @@ local function reconcile()
     is_new = not facts[2] and length == 0,
     has_expired = false,
   }
+  session.old_gaps = session.gaps
   -- What the sequence of the newest element is above its place.
   local had_expiry, extra = nil, 0
   if facts[2] then
@@ -118,7 +119,10 @@ local function reconcile()
     local has_gaps = true
     if session.had_gaps then
       has_gaps, session.gaps = pcall(cmsgpack.unpack, facts[6])
-      extra = has_gaps and session.gaps[#session.gaps]
+      has_gaps = has_gaps and type(session.gaps) == 'table'
+      session.old_gaps = session.gaps
+      extra = has_gaps and tonumber(session.gaps[#session.gaps])
+      has_gaps = extra ~= nil and extra ~= false
     end
     local is_sound = has_gaps and session.base and session.last and session.epoch
       and session.base >= 0 and session.base <= session.last - extra
@@ -286,7 +290,9 @@ local function save(session)
     'mark', session.mark,
     'epoch', decimal(session.epoch),
     'expires_at', session.expires_at and decimal(session.expires_at) or '')
-  if #session.gaps > 0 then
+  if session.gaps == session.old_gaps then
+    -- They may be long, and seldom change.
+  elseif #session.gaps > 0 then
     redis.call('HSET', SESSION, 'gaps', cmsgpack.pack(session.gaps))
   elseif session.had_gaps then
     redis.call('HDEL', SESSION, 'gaps')
