@@ -5,9 +5,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable
 
+import grpc
+
 from chat_memory._errors import ChatMemoryError, Unavailable
 from chat_memory._messages import user
 from chat_memory._proto import chat_memory_pb2 as pb
+from chat_memory._retry import may_go_on, passes
 
 MESSAGES_PER_APPEND_MAX = 100
 MESSAGES_PER_PAGE_MAX = 1000
@@ -91,23 +94,35 @@ def chat_request(
     )
 
 
+def follow_request(session_id: str, turn_id: str, resume_after: int) -> pb.ChatRequest:
+    """The request of the events of a turn that there is already."""
+    return pb.ChatRequest(session_id=session_id, turn_id=turn_id, resume_after=resume_after)
+
+
+def stop_request(session_id: str, turn_id: str, discard: bool) -> pb.StopChatRequest:
+    """The request to end a turn."""
+    return pb.StopChatRequest(session_id=session_id, turn_id=turn_id, discard=discard)
+
+
 class TurnState:
     """What a stream has shown of its turn so far."""
 
     turn_id: str
     """The turn's id: `chat` with this id gets this turn again, and does not ask the model anew."""
     started: pb.Started | None
-    """The turn's first event, once it came."""
+    """The event that began the turn, once it came; the newest, if the turn was run anew."""
     completed: pb.Completed | None
     """The turn's last event, once it came. Question and answer are stored then."""
     event_number: int
-    """The number of the last event that came."""
+    """The number of the last event that came: `resume` goes on after it."""
 
-    def __init__(self, turn_id: str) -> None:
-        self.turn_id = turn_id
+    def __init__(self, request: pb.ChatRequest) -> None:
+        self._request = request
+        self._asked_after = request.resume_after
+        self.turn_id = request.turn_id
         self.started = None
         self.completed = None
-        self.event_number = 0
+        self.event_number = request.resume_after
 
     @property
     def answer(self) -> pb.Message | None:
@@ -118,6 +133,9 @@ class TurnState:
 
     def _take(self, response: pb.ChatResponse) -> Event:
         self.event_number = response.event_number
+        # From its first event on, the turn is followed, not begun: what was cleared meanwhile must
+        # not come back.
+        self._request = follow_request(self._request.session_id, self.turn_id, self.event_number)
         kind = response.WhichOneof("event")
         if kind == "started":
             self.started = response.started
@@ -128,9 +146,23 @@ class TurnState:
         # An event of a newer server that this client does not know is an empty delta.
         return response.delta
 
+    @property
+    def _is_followed(self) -> bool:
+        return not self._request.messages
+
+    @property
+    def _is_at_end(self) -> bool:
+        """Whether a stream that ends now means that the turn had no more events."""
+        return self._is_followed and self.event_number == self._asked_after
+
+    def _may_repeat(self, error: ChatMemoryError) -> bool:
+        """Whether the request may be sent again after this failure."""
+        return may_go_on(error) if self._is_followed else passes(error)
+
     def _failed(self, error: ChatMemoryError) -> ChatMemoryError:
         error.turn_id = self.turn_id
         return error
 
     def _cut(self) -> ChatMemoryError:
-        return self._failed(Unavailable("the stream ended before the turn was completed"))
+        text = "the stream ended before the turn was completed"
+        return self._failed(Unavailable(text, code=grpc.StatusCode.UNAVAILABLE))
