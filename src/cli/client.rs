@@ -84,6 +84,50 @@ fn root_cause(error: &dyn StdError) -> String {
     cause.to_string()
 }
 
+/// Whether a call ended so because of the way to the server, the server or its store: the same call
+/// may well succeed later, maybe at another server.
+pub(super) fn is_broken(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable => true,
+        // Where a connection broke, no server has given a reason.
+        Code::Unknown | Code::Internal | Code::Cancelled => reason(status).is_none(),
+        _ => false,
+    }
+}
+
+/// The pauses between tries in a row: each twice as long as the one before.
+#[derive(Debug)]
+pub(super) struct Pauses {
+    tries_max: u32,
+    pause_max: Duration,
+    tries: u32,
+}
+
+/// The first pause.
+pub(super) const PAUSE_FIRST: Duration = Duration::from_millis(100);
+
+impl Pauses {
+    pub(super) fn new(tries_max: u32, pause_max: Duration) -> Self {
+        Self {
+            tries_max,
+            pause_max,
+            tries: 0,
+        }
+    }
+
+    /// The pause before the next try; `None` if there were enough of them.
+    pub(super) fn next(&mut self) -> Option<Duration> {
+        let pause = PAUSE_FIRST * 2_u32.saturating_pow(self.tries);
+        self.tries += 1;
+        (self.tries <= self.tries_max).then_some(pause.min(self.pause_max))
+    }
+
+    /// Says that a try went well, so that a later failure is the first of a new row.
+    pub(super) fn restart(&mut self) {
+        self.tries = 0;
+    }
+}
+
 /// The stable reason in a status's details.
 pub fn reason(status: &Status) -> Option<String> {
     let info = status.get_details_error_info()?;
