@@ -12,7 +12,10 @@ use std::{
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::{
-    cli::args::{ChatArgs, HealthArgs, HistoryArgs},
+    cli::args::{
+        ChatArgs, CompletionsArgs, ForkArgs, HealthArgs, HistoryArgs, ManArgs, RewindArgs,
+        SessionsArgs, UpdateArgs, WatchArgs,
+    },
     message::{NAME_BYTES_MAX, PAGE_MESSAGES_MAX, check_name},
     model::{
         echo,
@@ -41,6 +44,7 @@ Examples:
   chat-memory --listen unix:/run/chat-memory.sock --listen 127.0.0.1:50051
   chat-memory chat --session foo                        # talk to it
   chat-memory history --session foo --json              # read what it remembers
+  chat-memory sessions                                  # which sessions there are
 
 Every flag has an environment variable, shown beside it; the flag wins.";
 
@@ -119,6 +123,16 @@ pub enum Command {
     Chat(ChatArgs),
     /// Print a session's messages
     History(HistoryArgs),
+    /// Print a session's messages, then each further one as it comes
+    Watch(WatchArgs),
+    /// List sessions, the one with the newest activity first
+    Sessions(SessionsArgs),
+    /// Change a session's title, metadata or time to live
+    Update(UpdateArgs),
+    /// Delete the messages of a session after a number
+    Rewind(RewindArgs),
+    /// Copy a session, or its beginning, into a new one
+    Fork(ForkArgs),
     /// Ask a server whether it is serving: exit code 0 if it is, 1 if not
     Health(HealthArgs),
     /// Write the sessions of a store to a file or to stdout
@@ -130,6 +144,10 @@ pub enum Command {
     /// Look at a LangChain Redis without changing it, and say what is wrong with it
     #[command(after_help = DOCTOR_EXAMPLES)]
     Doctor(DoctorArgs),
+    /// Print the completion of commands and flags for a shell
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write those of all commands
+    Man(ManArgs),
 }
 
 /// What to export, and where to.
@@ -876,7 +894,7 @@ impl FromStr for Listen {
 
 /// A length of time: seconds, or numbers with units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Default)]
-pub struct Period(Duration);
+pub struct Period(pub Duration);
 
 impl FromStr for Period {
     type Err = String;

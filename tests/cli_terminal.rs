@@ -7,6 +7,7 @@ use std::{
     process::{Child, Command, Output, Stdio},
 };
 
+use chat_memory::pb::{Live, Session, TurnState, watch_response::Event};
 use rexpect::{
     reader::Options,
     session::{PtySession, spawn_with_options},
@@ -105,7 +106,12 @@ fn stdout_of(output: &Output) -> &str {
 
 /// Begins a conversation in a terminal of its own, without colours.
 fn chat(target: &str) -> PtySession {
-    let mut command = client(target, &["chat", "--session", "s"]);
+    in_terminal(target, &["chat", "--session", "s"])
+}
+
+/// Begins a client command in a terminal of its own, without colours.
+fn in_terminal(target: &str, arguments: &[&str]) -> PtySession {
+    let mut command = client(target, arguments);
     command.env("NO_COLOR", "1");
     let options = Options::new()
         .timeout_ms(Some(LIMIT_MS))
@@ -302,4 +308,169 @@ fn a_session_that_cannot_be_is_refused_before_anything_is_sent() {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.contains("must not contain `{` or `}`"), "{errors}");
     assert_eq!(output.status.code(), Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_ran_when_the_terminal_died_goes_on_in_another() {
+    let server = Scripted::on_tcp().await;
+    server.have_turn("t1", TurnState::Running, "step");
+    let step = server.step.clone();
+    let target = server.target.clone();
+    let conversation = tokio::task::spawn_blocking(move || {
+        let mut terminal = in_terminal(&target, &["chat", "--session", "s", "--resume"]);
+        terminal.exp_string("[asked] step").unwrap();
+        terminal.exp_string("one ").unwrap();
+        step.notify_one();
+        terminal.exp_string("two").unwrap();
+        terminal.exp_string(PROMPT).unwrap();
+        terminal.send_line("hi").unwrap();
+        terminal.exp_string("You said: hi").unwrap();
+        terminal.exp_string(PROMPT).unwrap();
+        terminal.send_control('d').unwrap();
+        expect_end(&mut terminal);
+    });
+    conversation.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_turn_that_failed_is_asked_again_after_a_question() {
+    let server = Scripted::on_tcp().await;
+    server.have_turn("t1", TurnState::Failed, "hi");
+    let target = server.target.clone();
+    let conversation = tokio::task::spawn_blocking(move || {
+        let mut terminal = in_terminal(&target, &["chat", "--session", "s", "--resume"]);
+        terminal.exp_string("the last turn failed").unwrap();
+        terminal.exp_string("ask again? [y/N] ").unwrap();
+        terminal.send_line("y").unwrap();
+        terminal.exp_string("You said: hi").unwrap();
+        terminal.exp_string(PROMPT).unwrap();
+        terminal.send_control('d').unwrap();
+        expect_end(&mut terminal);
+
+        let arguments = ["chat", "--session", "s", "--resume"];
+        let output = piped(&target, &arguments, "");
+        assert_eq!(stdout_of(&output), "");
+        assert_eq!(output.status.code(), Some(1));
+    });
+    conversation.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rewind_asks_in_a_terminal_and_refuses_in_a_pipe() {
+    let server = Scripted::on_tcp().await;
+    server.fill(&["a", "b", "c"]);
+    server.state().sessions = vec![Session {
+        message_count: 3,
+        first_sequence: 1,
+        last_sequence: 3,
+        ..Session::default()
+    }];
+    let target = server.target.clone();
+    let arguments = ["rewind", "--session", "s", "--after", "1"];
+    let rewinds = tokio::task::spawn_blocking(move || {
+        let output = piped(&target, &arguments, "y\n");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(errors.contains("--yes"), "{errors}");
+        assert_eq!(output.status.code(), Some(1));
+
+        let mut terminal = in_terminal(&target, &arguments);
+        let question = "delete 2 messages of the session s after number 1? [y/N] ";
+        terminal.exp_string(question).unwrap();
+        terminal.send_line("y").unwrap();
+        terminal.exp_string("2 messages deleted").unwrap();
+        expect_end(&mut terminal);
+    });
+    rewinds.await.unwrap();
+    assert_eq!(server.state().rewinds.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_fit_the_terminal_and_have_colours_only_there_and_if_wanted() {
+    let server = Scripted::on_tcp().await;
+    server.state().sessions = vec![Session {
+        session_id: "s".into(),
+        title: "t".repeat(100),
+        ..Session::default()
+    }];
+    let target = server.target.clone();
+    let lists = tokio::task::spawn_blocking(move || {
+        let shown = |no_color: &str| {
+            // The terminal has no size until it gets one.
+            let script = "stty cols 60 rows 20 && exec \"$0\" sessions --target \"$1\"";
+            let mut command = Command::new("sh");
+            command.args(["-c", script, PROGRAM, &target]);
+            command.env("NO_COLOR", no_color).env("TERM", "xterm");
+            let options = Options::new().timeout_ms(Some(LIMIT_MS));
+            let mut terminal = spawn_with_options(command, options).unwrap();
+            terminal.exp_eof().unwrap()
+        };
+        let plain = shown("1");
+        let lines: Vec<&str> = plain.lines().collect();
+        assert!(lines[1].contains(&as_read("ttt…  ")), "{plain}");
+        let columns = lines[1].replace(&as_read("…"), ".").trim_end().len();
+        assert!(columns <= 60, "{plain}");
+        assert!(!plain.contains('\x1b'), "{plain}");
+        assert!(shown("").contains("\x1b[1mSESSION"));
+
+        let output = piped(&target, &["sessions"], "");
+        assert!(stdout_of(&output).contains(&"t".repeat(100)));
+        assert!(!stdout_of(&output).contains('\x1b'));
+        assert!(output.status.success());
+    });
+    lists.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_ends_a_watch() {
+    let server = Scripted::on_tcp().await;
+    server.state().watch_scripts = [vec![Ok(Event::Live(Live { last_sequence: 0 }))]].into();
+    let target = server.target.clone();
+    let watching = tokio::task::spawn_blocking(move || {
+        let mut terminal = in_terminal(&target, &["watch", "--session", "s"]);
+        terminal.exp_string("[no message yet]").unwrap();
+        terminal.send_control('c').unwrap();
+        terminal.exp_eof().unwrap();
+        let status = format!("{:?}", terminal.process().wait().unwrap());
+        assert!(status.contains("SIGINT"), "ended with {status}");
+    });
+    watching.await.unwrap();
+}
+
+#[test]
+fn every_command_has_a_manual_page_and_completes_its_flags() {
+    let run = |arguments: &[&str]| {
+        let output = Command::new(PROGRAM).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("man1");
+    run(&["man", "--out", folder.to_str().unwrap()]);
+    let page = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    assert_eq!(page("chat-memory.1"), run(&["man"]));
+    for shell in ["bash", "zsh", "fish"] {
+        let script = run(&["completions", shell]);
+        for (command, flag) in [
+            ("serve", "session-ttl"),
+            ("chat", "resume"),
+            ("watch", "new"),
+            ("sessions", "prefix"),
+            ("update", "clear-metadata"),
+            ("rewind", "stop-turn"),
+            ("fork", "through"),
+            ("man", "out"),
+        ] {
+            assert!(
+                script.contains(command) && script.contains(flag),
+                "{shell} {flag}"
+            );
+            // In roff, a minus is escaped.
+            let flag = flag.replace('-', "\\-");
+            assert!(
+                page(&format!("chat-memory-{command}.1")).contains(&flag),
+                "{flag}"
+            );
+        }
+    }
+    assert!(page("chat-memory-sessions.1").contains("Examples:"));
 }

@@ -1,12 +1,12 @@
 //! The arguments of the client commands. What a value means is checked here, once; the commands
 //! get types that have been parsed.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::Args;
 use http::Uri;
 
-use crate::message::SessionId;
+use crate::{config::Period, message::SessionId};
 
 /// The server that a client command talks to if it is not told: what `serve` listens on if it is
 /// not told either.
@@ -129,6 +129,8 @@ Examples:
       chat-memory chat --session foo
   Ask one thing; the answer goes to stdout, all else to stderr:
       echo 'What did I say first?' | chat-memory chat --session foo
+  Go on with the answer that was coming in when the terminal died:
+      chat-memory chat --session foo --resume
   Over a Unix socket, with another model and little history:
       chat-memory chat --session foo --target unix:/run/chat-memory.sock \\
           --model gpt-5-mini --last-messages 10
@@ -137,7 +139,8 @@ In the terminal:
   Ctrl-C stops an answer; what there is of it stays in the session.
   Ctrl-D or /quit leaves. /help names the other commands.
 
-If stdin is not a terminal, each line is one message, and the exit code is 1 if an answer failed.";
+An answer goes on in the server when the terminal dies. If stdin is not a terminal, each line is
+one message, an answer stops when this program ends, and the exit code is 1 if one failed.";
 
 /// Talks to the model in a session, through the server.
 #[derive(Debug, Clone, Args)]
@@ -163,6 +166,11 @@ pub struct ChatArgs {
     #[arg(long, value_name = "COUNT",
           value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub last_messages: Option<u32>,
+
+    /// First go on with the session's last turn: print its answer while it comes, or as it was
+    /// stored; if it failed, say why and offer to ask again.
+    #[arg(long)]
+    pub resume: bool,
 
     #[command(flatten)]
     pub color: ColorArgs,
@@ -237,6 +245,275 @@ pub struct HealthArgs {
     #[arg(long, default_value_t = 3, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..=3_600))]
     pub timeout_seconds: u64,
+}
+
+/// Sessions that `sessions` lists if it is not told: what the API gives in a page by default.
+const SESSIONS_DEFAULT: u32 = 50;
+
+const SESSIONS_EXAMPLES: &str = "\
+Examples:
+  The sessions that were active last:
+      chat-memory sessions
+  Those of one user, all of them:
+      chat-memory sessions --prefix ann/ --all
+  Those with certain metadata, as JSON, one session a line:
+      chat-memory sessions --metadata app=shop --metadata lang=en --json | jq -r .session_id
+
+On a terminal, titles are cut to its width; in a pipe and in JSON nothing is. In JSON the fields are
+named as in the API, and all are there; times are absolute.";
+
+/// Lists sessions, the one with the newest activity first.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = SESSIONS_EXAMPLES)]
+pub struct SessionsArgs {
+    #[command(flatten)]
+    pub target: TargetArgs,
+
+    /// Only sessions whose ids begin with this text.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub prefix: String,
+
+    /// Only sessions whose metadata have this pair. May be given up to 16 times: all must be there.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
+    pub metadata: Vec<(String, String)>,
+
+    /// The most sessions to list: 1 or more.
+    #[arg(long, value_name = "COUNT", default_value_t = SESSIONS_DEFAULT,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: u32,
+
+    /// List all; they are read page by page.
+    #[arg(long, conflicts_with = "limit")]
+    pub all: bool,
+
+    /// Print JSON lines, one object for each session.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub color: ColorArgs,
+}
+
+/// Takes `key=value`. What keys and values may be is the server's to say.
+fn parse_pair(text: &str) -> Result<(String, String), &'static str> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("must be `key=value`"),
+    }
+}
+
+const WATCH_EXAMPLES: &str = "\
+Examples:
+  All messages of a session, and then each further one as it comes:
+      chat-memory watch --session foo
+  Only what comes from now on, for another program:
+      chat-memory watch --session foo --new --json | jq -r '.message.content // empty'
+  Go on where an earlier watch was:
+      chat-memory watch --session foo --after 12
+
+Ctrl-C ends it. If the connection breaks, it goes on by itself behind the last message, and says so
+on stderr; after a row of failures it gives up, with exit code 1.
+Notices (turns, rewinds, clears) are lines between the messages on a terminal, and go to stderr in
+a pipe. In JSON each line is an object with one field, named as in the API: message, live, turn,
+rewound, cleared or skipped.";
+
+/// Prints the messages of a session, then each further one as it comes, whoever writes it.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = WATCH_EXAMPLES)]
+pub struct WatchArgs {
+    #[command(flatten)]
+    pub target: TargetArgs,
+
+    #[command(flatten)]
+    pub session: SessionArgs,
+
+    /// Only messages with a greater number: 0 or more.
+    #[arg(long, value_name = "NUMBER", default_value_t = 0,
+          value_parser = clap::value_parser!(i64).range(0..))]
+    pub after: i64,
+
+    /// Only what comes from now on.
+    #[arg(long, conflicts_with = "after")]
+    pub new: bool,
+
+    /// Print JSON lines, one object for each message and each notice.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub color: ColorArgs,
+}
+
+const REWIND_EXAMPLES: &str = "\
+Examples:
+  Look, then drop what came after message 12, so that the talk can go another way from there:
+      chat-memory history --session foo --last 10
+      chat-memory rewind --session foo --after 12
+  In a script, also while an answer comes in:
+      chat-memory rewind --session foo --after 12 --stop-turn --yes
+
+It cannot be undone; `chat-memory fork` makes a copy first. On a terminal it says how many messages
+would go, and asks; elsewhere it needs --yes.";
+
+/// Deletes the messages of a session after a number.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = REWIND_EXAMPLES)]
+pub struct RewindArgs {
+    #[command(flatten)]
+    pub target: TargetArgs,
+
+    #[command(flatten)]
+    pub session: SessionArgs,
+
+    /// The number of the last message that stays, as `history` shows it; 0 deletes all.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i64).range(0..))]
+    pub after: i64,
+
+    /// Stop a turn that runs, and drop its answer. Without it, a running turn is in the way.
+    #[arg(long)]
+    pub stop_turn: bool,
+
+    /// Do not ask.
+    #[arg(long)]
+    pub yes: bool,
+}
+
+const FORK_EXAMPLES: &str = "\
+Examples:
+  Copy a session:
+      chat-memory fork --session foo --to bar
+  Copy its beginning, and go another way from there:
+      chat-memory fork --session foo --to bar --through 12
+      chat-memory chat --session bar
+
+Title and metadata come along, turns and the time to live do not. Safe to repeat.";
+
+/// Copies a session, or its beginning, into a new one.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = FORK_EXAMPLES)]
+pub struct ForkArgs {
+    #[command(flatten)]
+    pub target: TargetArgs,
+
+    #[command(flatten)]
+    pub session: SessionArgs,
+
+    /// The new session, which must not have messages yet.
+    #[arg(long, value_name = "ID", value_parser = parse_session)]
+    pub to: SessionId,
+
+    /// The number of the last message to copy: 1 or more. All if not given.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i64).range(1..))]
+    pub through: Option<i64>,
+}
+
+const UPDATE_EXAMPLES: &str = "\
+Examples:
+  Name a session:
+      chat-memory update --session foo --title 'Trip to Rome'
+  Say what it belongs to, in place of all that was said before:
+      chat-memory update --session foo --metadata app=shop --metadata user=ann
+  Let it go 30 days after its last message:
+      chat-memory update --session foo --ttl 30d
+
+Prints the session as it is then.";
+
+/// Changes the title, the metadata or the time to live of a session.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = UPDATE_EXAMPLES)]
+#[command(group(clap::ArgGroup::new("change").required(true).multiple(true)
+    .args(["title", "metadata", "clear_metadata", "ttl"])))]
+pub struct UpdateArgs {
+    #[command(flatten)]
+    pub target: TargetArgs,
+
+    #[command(flatten)]
+    pub session: SessionArgs,
+
+    /// The title; empty for none.
+    #[arg(long, value_name = "TEXT")]
+    pub title: Option<String>,
+
+    /// A pair of the metadata. May be given up to 16 times; they replace all that were there.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
+    pub metadata: Vec<(String, String)>,
+
+    /// Drop all metadata.
+    #[arg(long, conflicts_with = "metadata")]
+    pub clear_metadata: bool,
+
+    /// How long it lives after its last write: seconds, or with a unit such as `12h` or `30d`;
+    /// `never` lets it live for ever, `default` leaves it to the server.
+    #[arg(long, value_name = "TIME")]
+    pub ttl: Option<Ttl>,
+
+    #[command(flatten)]
+    pub color: ColorArgs,
+}
+
+/// How long a session is to live after its last write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ttl {
+    /// As the server says.
+    Default,
+    /// For ever.
+    Never,
+    For(Duration),
+}
+
+impl FromStr for Ttl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "default" => Ok(Self::Default),
+            "never" => Ok(Self::Never),
+            _ => match text.parse()? {
+                // To the API, none at all means for ever.
+                Period(Duration::ZERO) => Err("must be 1 second or more, or `never`".to_owned()),
+                Period(time) => Ok(Self::For(time)),
+            },
+        }
+    }
+}
+
+const COMPLETIONS_EXAMPLES: &str = "\
+Examples:
+  bash:
+      chat-memory completions bash > ~/.local/share/bash-completion/completions/chat-memory
+  zsh, in a folder of $fpath:
+      chat-memory completions zsh > ~/.zfunc/_chat-memory
+  fish:
+      chat-memory completions fish > ~/.config/fish/completions/chat-memory.fish";
+
+/// Prints the completion of this program's commands and flags for a shell.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = COMPLETIONS_EXAMPLES)]
+pub struct CompletionsArgs {
+    /// The shell.
+    pub shell: clap_complete::Shell,
+}
+
+const MAN_EXAMPLES: &str = "\
+Examples:
+  Read it:
+      chat-memory man | man -l -
+  Install a page for the program and one for each command:
+      chat-memory man --out ~/.local/share/man/man1";
+
+/// Prints the manual page of this program, or writes those of all its commands.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = MAN_EXAMPLES)]
+pub struct ManArgs {
+    /// Write the page of the program and one for each command into this folder, which is made if it
+    /// is not there. The page of the program to stdout if not given.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
 }
 
 /// The service that `health` asks for if it is not told.

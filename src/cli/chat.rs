@@ -7,6 +7,7 @@ use std::{
     io::{self, BufRead, IsTerminal as _, Read as _, Write},
     process::ExitCode,
     sync::mpsc as blocking,
+    time::Duration,
 };
 
 use rustyline::{DefaultEditor, error::ReadlineError};
@@ -14,13 +15,14 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
 };
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status, Streaming, transport::Channel};
 use ulid::Ulid;
 
 use super::{
     Error,
     args::ChatArgs,
-    client, exit_code,
+    client::{self, Pauses},
+    exit_code,
     history::{self, Pages},
     text::{self, Style},
 };
@@ -28,8 +30,8 @@ use crate::{
     message::MESSAGE_BYTES_MAX,
     pb::{
         ChatRequest, ChatResponse, ClearRequest, Completed, Delta, FinishReason,
-        GetMessagesRequest, Message, OnDisconnect, Role, StopChatRequest,
-        chat_memory_client::ChatMemoryClient, chat_response::Event,
+        GetMessagesRequest, GetSessionRequest, Message, OnDisconnect, Role, StopChatRequest, Turn,
+        TurnState, chat_memory_client::ChatMemoryClient, chat_response::Event,
     },
 };
 
@@ -37,6 +39,11 @@ use crate::{
 const RECENT_AT_START: i32 = 4;
 /// Messages that `/history` shows.
 const RECENT_ON_REQUEST: i32 = 20;
+
+/// Tries in a row to go on with an answer whose stream has broken, and the longest pause between two:
+/// together some 20 seconds, in which the turns of a server that has died find another one.
+const RESUMES_MAX: u32 = 10;
+const RESUME_PAUSE_MAX: Duration = Duration::from_secs(4);
 
 const PROMPT: &str = "you> ";
 const HOW_TO_LEAVE: &str = "(Ctrl-D or /quit leaves)";
@@ -66,7 +73,9 @@ async fn talk(args: &ChatArgs) -> Result<ExitCode, Error> {
         let lines = Lines::piped(io::BufReader::new(io::stdin()));
         let screen = Screen::piped(io::stdout(), io::stderr());
         let mut chat = Chat::new(client, args, lines, screen, interrupts);
-        chat.run().await?;
+        if !args.resume || chat.resume().await? {
+            chat.run().await?;
+        }
         return Ok(if chat.all_answered() {
             ExitCode::SUCCESS
         } else {
@@ -89,7 +98,9 @@ async fn talk(args: &ChatArgs) -> Result<ExitCode, Error> {
             let _ = interrupt.try_send(());
         }
     });
-    chat.run().await?;
+    if !args.resume || chat.resume().await? {
+        chat.run().await?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -176,6 +187,15 @@ impl Lines {
         }
         self.answers.recv().await.unwrap_or(Line::End)
     }
+
+    /// Asks whether something is meant. Whoever leaves says no.
+    pub(super) async fn confirm(&mut self, question: &str) -> Result<bool, Error> {
+        match self.ask(question, false).await {
+            Line::Text(answer) => Ok(matches!(answer.trim(), "y" | "Y" | "yes")),
+            Line::Interrupted | Line::End => Ok(false),
+            Line::Failed(error) => Err(Error::Input(error)),
+        }
+    }
 }
 
 /// Reads a line of at most the size of a message.
@@ -247,8 +267,7 @@ impl Screen {
 
     /// More of an answer, shown at once.
     fn answer(&mut self, text: &str) -> io::Result<()> {
-        self.answers.write_all(text.as_bytes())?;
-        self.answers.flush()
+        self.bytes(text.as_bytes())
     }
 
     /// More of an aside, shown at once.
@@ -262,13 +281,33 @@ impl Screen {
     }
 
     /// An aside of one line.
-    fn remark(&mut self, text: &str) -> io::Result<()> {
+    pub(super) fn remark(&mut self, text: &str) -> io::Result<()> {
         self.aside(&format!("{}\n", self.style.dim(text)))
     }
 
     fn error(&mut self, text: &str) -> io::Result<()> {
-        writeln!(self.errors, "error: {text}")?;
+        self.notice(&format!("error: {text}"))
+    }
+
+    /// A line for whoever reads the errors.
+    pub(super) fn notice(&mut self, text: &str) -> io::Result<()> {
+        writeln!(self.errors, "{text}")?;
         self.errors.flush()
+    }
+
+    /// What a command was to show, as it is.
+    pub(super) fn bytes(&mut self, shown: &[u8]) -> io::Result<()> {
+        self.answers.write_all(shown)?;
+        self.answers.flush()
+    }
+
+    pub(super) fn style(&self) -> Style {
+        self.style
+    }
+
+    /// Whether a person reads along, who can be asked.
+    fn is_terminal(&self) -> bool {
+        self.asides == Aside::WithAnswers
     }
 }
 
@@ -355,8 +394,12 @@ impl Chat {
             last_messages: args
                 .last_messages
                 .map(|count| i32::try_from(count).unwrap_or(i32::MAX)),
-            // Who stops an answer here, or leaves, does not want the rest of it.
-            on_disconnect: OnDisconnect::Stop.into(),
+            // A terminal that dies can come back to its answer (`--resume`); Ctrl-C stops one by a
+            // call of its own. A pipe that ends does not want the rest.
+            on_disconnect: match screen.is_terminal() {
+                true => OnDisconnect::Continue.into(),
+                false => OnDisconnect::Stop.into(),
+            },
             ..ChatRequest::default()
         };
         Self {
@@ -381,6 +424,10 @@ impl Chat {
         let server = args.target.target.to_string();
         self.screen
             .remark(&format!("session {session} on {server}; /help helps"))?;
+        if args.resume {
+            // Its last exchange comes anyway.
+            return Ok(());
+        }
         let request = GetMessagesRequest {
             last_messages: Some(RECENT_AT_START),
             ..history::request(&args.session.session)
@@ -410,6 +457,74 @@ impl Chat {
         };
         self.screen.remark(&facts)?;
         self.show(&recent)
+    }
+
+    /// Goes on with the session's last turn: prints its answer, or says why there is none. Tells
+    /// whether the conversation is to go on.
+    pub async fn resume(&mut self) -> Result<bool, Error> {
+        let session_id = &self.template.session_id;
+        let request = client::request(GetSessionRequest {
+            session_id: session_id.clone(),
+        });
+        let turn = match self.client.get_session(request).await {
+            Ok(answer) => answer.into_inner().session.and_then(|session| session.turn),
+            Err(status) if status.code() == Code::NotFound => None,
+            Err(status) => return Err(status.into()),
+        };
+        let Some(turn) = turn else {
+            self.screen
+                .remark("[there is no answer to go on with: no turn is remembered]")?;
+            return Ok(true);
+        };
+        if turn.state() == TurnState::Failed {
+            return self.resume_failed(turn).await;
+        }
+        for question in &turn.question {
+            let question = text::plain(&question.content);
+            self.screen.remark(&format!("[asked] {question}"))?;
+        }
+        let follow = ChatRequest {
+            session_id: session_id.clone(),
+            turn_id: turn.turn_id.clone(),
+            ..ChatRequest::default()
+        };
+        self.turn(follow).await?;
+        if turn.state() == TurnState::Completed && self.all_answered() {
+            self.screen.remark("[this answer was complete already]")?;
+        }
+        Ok(self.screen.is_terminal() || self.all_answered())
+    }
+
+    /// Says why a turn failed, and asks again if that is wanted: as a new turn, for the settings of
+    /// the old one are not known here, and nothing of it is in the history.
+    async fn resume_failed(&mut self, turn: Turn) -> Result<bool, Error> {
+        for question in &turn.question {
+            let question = text::plain(&question.content);
+            self.screen.remark(&format!("[asked] {question}"))?;
+        }
+        if let Some(said) = turn.partial_answer.filter(|said| !said.content.is_empty()) {
+            let said = text::plain(&said.content);
+            self.screen
+                .remark(&format!("[said before it failed] {said}"))?;
+        }
+        let (reason, error) = (text::one_line(&turn.reason), text::one_line(&turn.error));
+        self.failed_turns += 1;
+        self.screen
+            .error(&format!("the last turn failed: {error} ({reason})"))?;
+        if !self.screen.is_terminal() || turn.question.is_empty() {
+            return Ok(self.screen.is_terminal());
+        }
+        let request = ChatRequest {
+            messages: turn.question,
+            turn_id: Ulid::generate().to_string(),
+            ..self.template.clone()
+        };
+        if self.lines.confirm("ask again? [y/N] ").await? {
+            self.turn(request).await?;
+        } else {
+            self.unanswered = Some(request);
+        }
+        Ok(true)
     }
 
     /// Reads and answers until the input ends.
@@ -474,8 +589,15 @@ impl Chat {
                 turn_id: request.turn_id.clone(),
                 discard: false,
             });
-            // Where this fails, the server stops the turn by itself, since nobody follows it.
-            self.client.stop_chat(stop).await.ok();
+            if let Err(status) = self.client.stop_chat(stop).await
+                // The turn has not begun.
+                && status.code() != Code::NotFound
+            {
+                answer.finish_line(&mut self.screen)?;
+                let status = client::describe(&status);
+                self.screen
+                    .error(&format!("the answer goes on, it was not stopped: {status}"))?;
+            }
         }
         answer.finish_line(&mut self.screen)?;
         match end {
@@ -484,6 +606,10 @@ impl Chat {
             TurnEnd::Failed(status) => {
                 self.failed_turns += 1;
                 self.screen.error(&client::describe(&status))?;
+                // To follow a turn that has failed would only tell the same again.
+                if request.messages.is_empty() && !may_go_on(&status) {
+                    return Ok(());
+                }
                 if may_retry(&status) {
                     self.screen
                         .remark("/retry tries it again, and stores it once")?;
@@ -524,19 +650,13 @@ impl Chat {
         for message in messages {
             history::write_message(&mut shown, message, self.screen.style)?;
         }
-        self.screen.answers.write_all(&shown)?;
-        Ok(self.screen.answers.flush()?)
+        Ok(self.screen.bytes(&shown)?)
     }
 
     async fn clear(&mut self) -> Result<(), Error> {
         let session = text::one_line(&self.template.session_id).into_owned();
         let question = format!("delete all messages of the session {session}? [y/N] ");
-        let answer = match self.lines.ask(&question, false).await {
-            Line::Text(answer) => answer,
-            Line::Interrupted | Line::End => String::new(),
-            Line::Failed(error) => return Err(Error::Input(error)),
-        };
-        if !matches!(answer.trim(), "y" | "Y" | "yes") {
+        if !self.lines.confirm(&question).await? {
             return Ok(self.screen.remark("nothing was deleted")?);
         }
         let request = client::request(ClearRequest {
@@ -554,7 +674,8 @@ impl Chat {
     }
 }
 
-fn messages(count: i64) -> String {
+/// `1 message`, `2 messages`.
+pub(super) fn messages(count: i64) -> String {
     match count {
         1 => "1 message".to_owned(),
         count => format!("{count} messages"),
@@ -585,30 +706,82 @@ fn may_retry(status: &Status) -> bool {
     }
 }
 
-/// Runs a turn and prints its answer as it comes.
+/// Whether a turn goes on although a stream of it ended so: what broke is the way to it, its server
+/// or the store, not the turn.
+fn may_go_on(status: &Status) -> bool {
+    /// With these, the turn itself has failed.
+    const TURN_FAILED: [&str; 3] = ["MODEL_UNAVAILABLE", "MODEL_STREAM_BROKEN", "TURN_ABANDONED"];
+    let has_failed = client::reason(status).is_some_and(|reason| TURN_FAILED.contains(&&*reason));
+    client::is_broken(status) && !has_failed
+}
+
+/// Runs a turn and prints its answer as it comes. If its stream breaks, goes on after the last event.
 async fn stream_turn(
     client: &mut ChatMemoryClient<Channel>,
     request: &ChatRequest,
     answer: &mut Answer,
     screen: &mut Screen,
 ) -> Result<TurnEnd, Error> {
-    let mut events = match client.chat(request.clone()).await {
-        Ok(response) => response.into_inner(),
-        Err(status) => return Ok(TurnEnd::Failed(status)),
-    };
+    let mut request = request.clone();
+    let mut pauses = Pauses::new(RESUMES_MAX, RESUME_PAUSE_MAX);
     loop {
-        let event = match events.message().await {
-            Ok(Some(ChatResponse { event, .. })) => event,
-            Ok(None) => {
-                let status = Status::unknown("the stream ended before the answer was stored");
-                return Ok(TurnEnd::Failed(status));
+        let status = match client.chat(request.clone()).await {
+            Ok(response) => {
+                let events = response.into_inner();
+                match print_events(events, &mut request, &mut pauses, answer, screen).await? {
+                    None => return Ok(TurnEnd::Completed),
+                    Some(status) => status,
+                }
             }
-            Err(status) => return Ok(TurnEnd::Failed(status)),
+            Err(status) => status,
         };
-        match event {
+        // One that has not begun is tried again by whoever asked.
+        let is_followed = request.messages.is_empty();
+        let pause = pauses.next(&status);
+        let Some(pause) = pause.filter(|_| is_followed && may_go_on(&status)) else {
+            return Ok(TurnEnd::Failed(status));
+        };
+        // A short pause mends most of it, and nobody need know.
+        if pause > client::PAUSE_FIRST {
+            let (status, seconds) = (client::describe(&status), pause.as_secs_f64());
+            answer.interject(&format!("[{status}; going on in {seconds:.1} s]"), screen)?;
+        }
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Prints the events of a stream. Returns how it broke, or nothing if the turn has completed. From the
+/// first event on, the request is to follow the turn, not to begin it: what was cleared meanwhile must
+/// not come back.
+async fn print_events(
+    mut events: Streaming<ChatResponse>,
+    request: &mut ChatRequest,
+    pauses: &mut Pauses,
+    answer: &mut Answer,
+    screen: &mut Screen,
+) -> Result<Option<Status>, Error> {
+    loop {
+        let response = match events.message().await {
+            Ok(Some(response)) => response,
+            Ok(None) => {
+                let status = Status::unavailable("the stream ended before the answer was stored");
+                return Ok(Some(status));
+            }
+            Err(status) => return Ok(Some(status)),
+        };
+        pauses.restart();
+        *request = ChatRequest {
+            session_id: std::mem::take(&mut request.session_id),
+            turn_id: std::mem::take(&mut request.turn_id),
+            resume_after: response.event_number,
+            ..ChatRequest::default()
+        };
+        match response.event {
             Some(Event::Started(started)) if started.attempt > 1 => {
-                answer.finish_line(screen)?;
-                screen.remark("[the answer begins anew]")?;
+                if answer.has_begun() {
+                    answer.finish_line(screen)?;
+                    screen.remark("[the answer begins anew]")?;
+                }
                 *answer = Answer::default();
             }
             // An event that this program does not know is for others.
@@ -616,7 +789,7 @@ async fn stream_turn(
             Some(Event::Delta(delta)) => answer.delta(&delta, screen)?,
             Some(Event::Completed(completed)) => {
                 answer.completed(&completed, screen)?;
-                return Ok(TurnEnd::Completed);
+                return Ok(None);
             }
         }
     }
@@ -638,6 +811,18 @@ enum Piece {
 }
 
 impl Answer {
+    fn has_begun(&self) -> bool {
+        self.text_shown || self.open_line.is_some()
+    }
+
+    /// Says something while the answer is not complete. In a pipe, the text stays as it is.
+    fn interject(&mut self, remark: &str, screen: &mut Screen) -> io::Result<()> {
+        if screen.is_terminal() || self.open_line == Some(Piece::Reasoning) {
+            self.finish_line(screen)?;
+        }
+        screen.remark(remark)
+    }
+
     fn delta(&mut self, delta: &Delta, screen: &mut Screen) -> io::Result<()> {
         if !delta.reasoning.is_empty() {
             if self.open_line != Some(Piece::Reasoning) {

@@ -84,10 +84,62 @@ fn root_cause(error: &dyn StdError) -> String {
     cause.to_string()
 }
 
+/// Whether a call ended so because of the way to the server, the server or its store: the same call
+/// may well succeed later, maybe at another server.
+pub(super) fn is_broken(status: &Status) -> bool {
+    match status.code() {
+        Code::Unavailable => true,
+        // Where a connection broke, no server has given a reason.
+        Code::Unknown | Code::Internal | Code::Cancelled => reason(status).is_none(),
+        _ => false,
+    }
+}
+
+/// The pauses between tries in a row: each twice as long as the one before.
+#[derive(Debug)]
+pub(super) struct Pauses {
+    tries_max: u32,
+    pause_max: Duration,
+    tries: u32,
+}
+
+/// The first pause.
+pub(super) const PAUSE_FIRST: Duration = Duration::from_millis(100);
+
+impl Pauses {
+    pub(super) fn new(tries_max: u32, pause_max: Duration) -> Self {
+        Self {
+            tries_max,
+            pause_max,
+            tries: 0,
+        }
+    }
+
+    /// The pause before the next try, as long as the server asks for at least; `None` if there were
+    /// enough tries.
+    pub(super) fn next(&mut self, status: &Status) -> Option<Duration> {
+        let pause = PAUSE_FIRST.saturating_mul(2_u32.saturating_pow(self.tries));
+        let pause = pause.max(retry_delay(status).unwrap_or_default());
+        self.tries += 1;
+        (self.tries <= self.tries_max).then_some(pause.min(self.pause_max))
+    }
+
+    /// Says that a try went well, so that a later failure is the first of a new row.
+    pub(super) fn restart(&mut self) {
+        self.tries = 0;
+    }
+}
+
 /// The stable reason in a status's details.
 pub fn reason(status: &Status) -> Option<String> {
     let info = status.get_details_error_info()?;
     (!info.reason.is_empty()).then_some(info.reason)
+}
+
+/// After which time the server thinks that trying again makes sense.
+fn retry_delay(status: &Status) -> Option<Duration> {
+    let delay = status.get_details_retry_info()?.retry_delay;
+    delay.filter(|delay| !delay.is_zero())
 }
 
 /// A status in words: its message, code and reason, then a line for each field at fault and for
@@ -125,10 +177,7 @@ pub fn describe(status: &Status) -> String {
             described += &format!("\n  {field}: {rule}");
         }
     }
-    let delay = status
-        .get_details_retry_info()
-        .and_then(|details| details.retry_delay);
-    if let Some(delay) = delay.filter(|delay| !delay.is_zero()) {
+    if let Some(delay) = retry_delay(status) {
         described += &format!("\n  try again in {:.1} s", delay.as_secs_f64());
     }
     described
@@ -179,6 +228,39 @@ mod tests {
             "the request is bad (INVALID_ARGUMENT, INVALID_FIELD)\n  \
              messages[0].role: is required\n  try again in 1.5 s"
         );
+    }
+
+    #[test]
+    fn pauses_grow_up_to_a_limit_and_end_unless_a_try_went_well() {
+        let status = Status::unavailable("away");
+        let mut pauses = Pauses::new(4, Duration::from_millis(300));
+        let mut ms = |pauses: &mut Pauses| pauses.next(&status).map(|pause| pause.as_millis());
+        assert_eq!([(); 2].map(|()| ms(&mut pauses)), [Some(100), Some(200)]);
+        pauses.restart();
+        let row = [(); 5].map(|()| ms(&mut pauses));
+        assert_eq!(row, [Some(100), Some(200), Some(300), Some(300), None]);
+
+        let mut details = ErrorDetails::new();
+        details.set_retry_info(Some(Duration::from_millis(250)));
+        let status = Status::with_error_details(Code::Unavailable, "away", details);
+        let pause = Pauses::new(1, Duration::from_secs(1)).next(&status);
+        assert_eq!(pause, Some(Duration::from_millis(250)));
+    }
+
+    #[test]
+    fn a_call_is_broken_where_no_server_gave_a_reason_or_it_is_away() {
+        let with_reason = |code| {
+            let mut details = ErrorDetails::new();
+            details.set_error_info("WHY", "chatmemory.v1", HashMap::new());
+            Status::with_error_details(code, "", details)
+        };
+        for code in [Code::Unavailable, Code::Unknown, Code::Internal] {
+            assert!(is_broken(&Status::new(code, "")), "{code:?}");
+        }
+        assert!(is_broken(&with_reason(Code::Unavailable)));
+        for code in [Code::Internal, Code::Aborted, Code::InvalidArgument] {
+            assert!(!is_broken(&with_reason(code)), "{code:?}");
+        }
     }
 
     #[test]

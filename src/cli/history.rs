@@ -210,7 +210,7 @@ fn summary(text: &str) -> String {
 /// A message in the API's JSON form, with all fields, under the names of the proto and in its
 /// order. Programs rely on it.
 #[derive(Debug, Serialize)]
-struct JsonMessage<'a> {
+pub(super) struct JsonMessage<'a> {
     sequence: i64,
     id: &'a str,
     role: Value,
@@ -254,33 +254,43 @@ struct JsonUsage {
     total_tokens: i64,
 }
 
+impl<'a> From<&'a Message> for JsonMessage<'a> {
+    fn from(message: &'a Message) -> Self {
+        Self {
+            sequence: message.sequence,
+            id: &message.id,
+            role: enum_value(message.role, Role::as_str_name),
+            role_name: &message.role_name,
+            content: &message.content,
+            parts: message.parts.iter().filter_map(json_part).collect(),
+            tool_calls: message.tool_calls.iter().map(json_tool_call).collect(),
+            tool_call_id: &message.tool_call_id,
+            name: &message.name,
+            usage: message.usage.map(|usage| JsonUsage {
+                input_tokens: usage.input_tokens,
+                output_tokens: usage.output_tokens,
+                total_tokens: usage.total_tokens,
+            }),
+            create_time: message.create_time.map(|time| time.to_string()),
+            interrupted: message.interrupted,
+            reasoning: &message.reasoning,
+            metadata: message.metadata.as_ref().map(json_struct),
+            turn_id: &message.turn_id,
+            raw: (!message.raw.is_empty()).then(|| base64(&message.raw)),
+            problem: enum_value(message.problem, Problem::as_str_name),
+            raw_size: message.raw_size,
+        }
+    }
+}
+
 /// Writes a message as one line of JSON.
 pub fn write_json(out: &mut impl Write, message: &Message) -> io::Result<()> {
-    let json = JsonMessage {
-        sequence: message.sequence,
-        id: &message.id,
-        role: enum_value(message.role, Role::as_str_name),
-        role_name: &message.role_name,
-        content: &message.content,
-        parts: message.parts.iter().filter_map(json_part).collect(),
-        tool_calls: message.tool_calls.iter().map(json_tool_call).collect(),
-        tool_call_id: &message.tool_call_id,
-        name: &message.name,
-        usage: message.usage.map(|usage| JsonUsage {
-            input_tokens: usage.input_tokens,
-            output_tokens: usage.output_tokens,
-            total_tokens: usage.total_tokens,
-        }),
-        create_time: message.create_time.map(|time| time.to_string()),
-        interrupted: message.interrupted,
-        reasoning: &message.reasoning,
-        metadata: message.metadata.as_ref().map(json_struct),
-        turn_id: &message.turn_id,
-        raw: (!message.raw.is_empty()).then(|| base64(&message.raw)),
-        problem: enum_value(message.problem, Problem::as_str_name),
-        raw_size: message.raw_size,
-    };
-    let line = serde_json::to_string(&json)?;
+    write_line(out, &JsonMessage::from(message))
+}
+
+/// Writes something as one line of JSON that cannot command a terminal.
+pub(super) fn write_line(out: &mut impl Write, json: &impl Serialize) -> io::Result<()> {
+    let line = serde_json::to_string(json)?;
     writeln!(out, "{}", escape_c1(&line))
 }
 
@@ -303,7 +313,7 @@ fn escape_c1(json: &str) -> Cow<'_, str> {
 }
 
 /// An enum's name in the proto, or its number where this program does not know it.
-fn enum_value<E: TryFrom<i32>>(number: i32, name: fn(&E) -> &'static str) -> Value {
+pub(super) fn enum_value<E: TryFrom<i32>>(number: i32, name: fn(&E) -> &'static str) -> Value {
     match E::try_from(number) {
         Ok(value) => Value::from(name(&value)),
         Err(_) => Value::from(number),

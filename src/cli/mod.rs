@@ -1,5 +1,5 @@
-//! The client commands: `chat`, `history`, `health`. They know the server by its gRPC API alone,
-//! as any other client does; no store, no model.
+//! The client commands: `chat`, `history`, `watch`, `sessions` and the like. They know the server by
+//! its gRPC API alone, as any other client does; no store, no model.
 //!
 //! Text of messages reaches a terminal only through [`text`], so that what somebody stored cannot
 //! send commands to the terminal of who reads it.
@@ -10,11 +10,15 @@ use std::{
 };
 
 pub mod args;
+pub mod change;
 pub mod chat;
 pub mod client;
 pub mod health;
 pub mod history;
+pub mod sessions;
+pub mod shell;
 pub mod text;
+pub mod watch;
 
 /// Why a client command failed.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +35,9 @@ pub enum Error {
     /// The server answered something that the API rules out.
     #[error("the server's answer is against the contract: {0}")]
     Contract(&'static str),
+    /// Something would be deleted, and nobody is there to be asked.
+    #[error("{what} would be deleted; --yes says that they shall")]
+    Unasked { what: String },
     /// The input cannot be read.
     #[error("cannot read the input: {0}")]
     Input(#[source] io::Error),

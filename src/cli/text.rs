@@ -2,6 +2,8 @@
 
 use std::{borrow::Cow, fmt::Display};
 
+use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
+
 /// Makes a text harmless to a terminal: newlines and tabs pass, carriage returns go, any other
 /// control character becomes a picture of itself, so that the reader sees that it is there.
 pub fn plain(text: &str) -> Cow<'_, str> {
@@ -26,6 +28,25 @@ pub fn one_line(text: &str) -> Cow<'_, str> {
         safe if safe.contains(['\n', '\t']) => Cow::Owned(safe.replace(['\n', '\t'], " ")),
         safe => safe,
     }
+}
+
+/// Cuts a text of one line to so many columns, with an ellipsis where something is left out.
+pub fn cut(text: &str, width: usize) -> Cow<'_, str> {
+    if text.width() <= width {
+        return Cow::Borrowed(text);
+    }
+    let mut short = String::new();
+    let mut left = width.saturating_sub(1);
+    for c in text.chars() {
+        let columns = c.width().unwrap_or(0);
+        if columns > left {
+            break;
+        }
+        left -= columns;
+        short.push(c);
+    }
+    short.push('…');
+    Cow::Owned(short)
 }
 
 /// A visible stand-in for a control character: Unicode's picture of it where there is one.
@@ -104,6 +125,14 @@ mod tests {
     #[test]
     fn one_line_is_one_line() {
         assert_eq!(one_line("a\r\nb\tc"), "a b c");
+    }
+
+    #[test]
+    fn a_text_is_cut_by_columns_not_by_letters() {
+        assert_eq!(cut("größe", 5), "größe");
+        assert_eq!(cut("größer", 5), "größ…");
+        assert_eq!(cut("会話会話", 6), "会話…");
+        assert_eq!(cut("会話会話", 5), "会話…");
     }
 
     #[test]

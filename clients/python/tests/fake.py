@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
@@ -58,6 +59,8 @@ class Fake(chat_memory_pb2_grpc.ChatMemoryServicer):
         self.cancelled = futures.Future[None]()
         self.wait_for_cancel = False
         self.ends_early = 0
+        self.sessions: list[pb.Session] = []
+        self.watches: list[list[pb.WatchResponse | Failure]] = []
 
     def _next(self, request: Any, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
@@ -82,27 +85,40 @@ class Fake(chat_memory_pb2_grpc.ChatMemoryServicer):
 
     def GetSession(self, request: Any, context: Any) -> pb.GetSessionResponse:  # noqa: N802
         self._next(request, context)
-        return pb.GetSessionResponse()
+        return pb.GetSessionResponse(session=pb.Session(session_id=request.session_id))
 
     def UpdateSession(self, request: Any, context: Any) -> pb.UpdateSessionResponse:  # noqa: N802
         self._next(request, context)
-        return pb.UpdateSessionResponse()
+        return pb.UpdateSessionResponse(session=request.session)
 
     def ListSessions(self, request: Any, context: Any) -> pb.ListSessionsResponse:  # noqa: N802
+        """Pages of two; a token is the index of the first session."""
         self._next(request, context)
-        return pb.ListSessionsResponse()
+        first = int(request.page_token or 0)
+        token = str(first + 2) if first + 2 < len(self.sessions) else ""
+        return pb.ListSessionsResponse(
+            sessions=self.sessions[first : first + 2], next_page_token=token
+        )
 
     def Rewind(self, request: Any, context: Any) -> pb.RewindResponse:  # noqa: N802
         self._next(request, context)
-        return pb.RewindResponse()
+        return pb.RewindResponse(deleted_count=2)
 
     def Fork(self, request: Any, context: Any) -> pb.ForkResponse:  # noqa: N802
         self._next(request, context)
-        return pb.ForkResponse()
+        return pb.ForkResponse(session=pb.Session(session_id=request.new_session_id))
 
     def Watch(self, request: Any, context: Any) -> Iterator[pb.WatchResponse]:  # noqa: N802
+        """Gives the next of `watches`; stays open if that does not end with a failure."""
         self._next(request, context)
-        yield pb.WatchResponse(live=pb.Live(last_sequence=request.after_sequence))
+        for event in self.watches.pop(0):
+            if isinstance(event, Failure):
+                event.end(context)
+            else:
+                yield event
+        gone = threading.Event()
+        if context.add_callback(gone.set):
+            gone.wait(30)
 
     def Chat(self, request: Any, context: Any) -> Iterator[pb.ChatResponse]:  # noqa: N802
         self.requests.append(request)

@@ -13,10 +13,11 @@ of the contract, `chat_memory.proto`; `user`, `assistant`, `system` and `tool` w
 shortly.
 """
 
-from chat_memory._aio import AsyncChatStream, AsyncClient
-from chat_memory._client import ChatStream, Client
+from chat_memory._aio import AsyncChatStream, AsyncClient, AsyncWatchStream
+from chat_memory._client import ChatStream, Client, WatchStream
 from chat_memory._errors import (
     Aborted,
+    AlreadyExists,
     Cancelled,
     ChatMemoryError,
     DeadlineExceeded,
@@ -52,21 +53,30 @@ from chat_memory._proto.chat_memory_pb2 import (
     ROLE_SYSTEM,
     ROLE_TOOL,
     ROLE_USER,
+    TURN_STATE_COMPLETED,
+    TURN_STATE_FAILED,
+    TURN_STATE_RUNNING,
+    Cleared,
     Completed,
     ContentPart,
     Delta,
     GetMessagesResponse,
     ImageUrl,
     InlineData,
+    Live,
     Message,
     ModelOptions,
+    Rewound,
+    Session,
+    Skipped,
     Started,
     StopChatResponse,
     Tool,
     ToolCall,
+    Turn,
     Usage,
 )
-from chat_memory._requests import Event
+from chat_memory._requests import Event, Ttl, WatchEvent
 
 __version__ = "0.1.0"
 
@@ -86,12 +96,18 @@ __all__ = [
     "ROLE_SYSTEM",
     "ROLE_TOOL",
     "ROLE_USER",
+    "TURN_STATE_COMPLETED",
+    "TURN_STATE_FAILED",
+    "TURN_STATE_RUNNING",
     "Aborted",
+    "AlreadyExists",
     "AsyncChatStream",
     "AsyncClient",
+    "AsyncWatchStream",
     "Cancelled",
     "ChatMemoryError",
     "ChatStream",
+    "Cleared",
     "Client",
     "Completed",
     "ContentPart",
@@ -105,6 +121,7 @@ __all__ = [
     "InlineData",
     "InternalError",
     "InvalidArgument",
+    "Live",
     "Message",
     "ModelOptions",
     "NotFound",
@@ -112,16 +129,23 @@ __all__ = [
     "OutcomeUnknown",
     "PermissionDenied",
     "ResourceExhausted",
+    "Rewound",
     "SequenceMismatch",
+    "Session",
     "SessionCleared",
+    "Skipped",
     "Started",
     "StopChatResponse",
     "Tool",
     "ToolCall",
+    "Ttl",
+    "Turn",
     "TurnInProgress",
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "WatchEvent",
+    "WatchStream",
     "assistant",
     "system",
     "text_part",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -15,7 +16,17 @@ from chat_memory import _channel, _requests
 from chat_memory._errors import from_rpc
 from chat_memory._proto import chat_memory_pb2 as pb
 from chat_memory._proto.chat_memory_pb2_grpc import ChatMemoryStub
-from chat_memory._requests import CALL_SECONDS, CHAT_SECONDS, Event, TurnState
+from chat_memory._requests import (
+    CALL_SECONDS,
+    CHAT_SECONDS,
+    FORK_SECONDS,
+    Event,
+    StreamState,
+    Ttl,
+    TurnState,
+    WatchEvent,
+    WatchState,
+)
 from chat_memory._retry import Attempts, passes
 
 if TYPE_CHECKING:
@@ -23,9 +34,12 @@ if TYPE_CHECKING:
 
 _Request = TypeVar("_Request", contravariant=True)
 _Response = TypeVar("_Response", covariant=True)
+_Asked = TypeVar("_Asked")
+_Answered = TypeVar("_Answered")
+_Event = TypeVar("_Event")
 
 
-_Call: TypeAlias = "grpc.aio.UnaryStreamCall[pb.ChatRequest, pb.ChatResponse]"
+_Call: TypeAlias = "grpc.aio.UnaryStreamCall[_Asked, _Answered]"
 
 
 class _Method(Protocol[_Request, _Response]):
@@ -170,6 +184,113 @@ class AsyncClient:
         request = pb.ClearRequest(session_id=session_id)
         return (await self._call(self._open().Clear, request, timeout)).deleted_count
 
+    async def get_session(self, session_id: str, *, timeout: float | None = None) -> pb.Session:
+        """Returns what there is to know of a session, its messages aside: title, metadata, expiry,
+        counts, and the turn that runs or ran last. Raises `NotFound` if there is no such session.
+        """
+        request = pb.GetSessionRequest(session_id=session_id)
+        return (await self._call(self._open().GetSession, request, timeout)).session
+
+    async def update_session(
+        self,
+        session_id: str,
+        *,
+        title: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        ttl: Ttl | None = None,
+        timeout: float | None = None,
+    ) -> pb.Session:
+        """Changes what is given, and returns the session as it is then. `metadata` replaces all
+        pairs; `ttl` is a time, `"never"` (it lives for ever) or `"default"` (as the server says).
+        Raises `NotFound` if the session has no messages.
+        """
+        request = _requests.update_request(session_id, title, metadata, ttl)
+        return (await self._call(self._open().UpdateSession, request, timeout)).session
+
+    async def list_sessions(
+        self,
+        *,
+        id_prefix: str = "",
+        metadata: Mapping[str, str] | None = None,
+        page_size: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[pb.Session, None]:
+        """Iterates over all sessions that have messages, the one with the newest activity first,
+        page by page. With `metadata`, only those that have all these pairs. `timeout` is for one
+        page.
+        """
+        request = pb.ListSessionsRequest(
+            id_prefix=id_prefix, metadata=metadata, page_size=page_size
+        )
+        while True:
+            page = await self._call(self._open().ListSessions, request, timeout)
+            for session in page.sessions:
+                yield session
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
+
+    async def rewind(
+        self,
+        session_id: str,
+        after_sequence: int,
+        request_id: str | None = None,
+        stop_turn: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> int:
+        """Deletes the messages after a sequence (0: all), so that the conversation can go another
+        way from there, and returns how many went. Their sequences are not given again.
+
+        Raises `TurnInProgress` while a turn runs, unless `stop_turn` is set: that stops it and
+        drops its answer. The client makes a `request_id` if you give none, so a retry deletes
+        nothing that came after the first attempt.
+        """
+        request = _requests.rewind_request(session_id, after_sequence, request_id, stop_turn)
+        return (await self._call(self._open().Rewind, request, timeout)).deleted_count
+
+    async def fork(
+        self,
+        session_id: str,
+        new_session_id: str,
+        through_sequence: int | None = None,
+        *,
+        timeout: float = FORK_SECONDS,
+    ) -> pb.Session:
+        """Copies a session, or its beginning up to a sequence, into a new one, and returns that.
+
+        Raises `AlreadyExists` if the new session has messages, unless the same call made it before.
+        """
+        request = pb.ForkRequest(
+            session_id=session_id,
+            new_session_id=new_session_id,
+            through_sequence=through_sequence,
+        )
+        return (await self._call(self._open().Fork, request, timeout)).session
+
+    def watch(
+        self,
+        session_id: str,
+        after_sequence: int = 0,
+        *,
+        include_raw: bool = False,
+        retry: bool = True,
+    ) -> AsyncWatchStream:
+        """Streams a session's messages, whoever writes them: those after `after_sequence`, then a
+        `Live`, then each further one as it arrives, with notices of turns, rewinds and clears
+        between them. See `AsyncWatchStream`.
+
+        With `retry=False`, the stream raises every failure in place of going on by itself.
+        """
+        request = pb.WatchRequest(
+            session_id=session_id, after_sequence=after_sequence, include_raw=include_raw
+        )
+
+        def start(request: pb.WatchRequest, _: float) -> _Call[pb.WatchRequest, pb.WatchResponse]:
+            return self._open().Watch(request)
+
+        return AsyncWatchStream(start, request, retry)
+
     def chat(
         self,
         session_id: str,
@@ -250,7 +371,9 @@ class AsyncClient:
         return await self._call(self._open().StopChat, request, timeout, may_repeat=bool(turn_id))
 
     def _stream(self, request: pb.ChatRequest, timeout: float, retry: bool) -> AsyncChatStream:
-        def start(request: pb.ChatRequest, seconds: float) -> _Call:
+        def start(
+            request: pb.ChatRequest, seconds: float
+        ) -> _Call[pb.ChatRequest, pb.ChatResponse]:
             return self._open().Chat(request, timeout=seconds)
 
         return AsyncChatStream(start, request, timeout, retry)
@@ -285,41 +408,33 @@ class AsyncClient:
             await asyncio.sleep(pause)
 
 
-class AsyncChatStream(TurnState):
-    """The events of one turn, to be read with `async for`. `ChatStream` says more.
+class _AsyncStream(StreamState[_Asked, _Answered, _Event]):
+    """A stream that goes on by itself when it breaks off."""
 
-    >>> async for event in client.chat("demo", "hi"):  # doctest: +SKIP
-    ...     match event:
-    ...         case Delta(text=text):
-    ...             print(text, end="")
-    ...         case Completed():
-    ...             print("\\nstored")
-
-    `aclose` cancels the stream, and so do leaving an `async with` block and cancelling the task
-    that waits for an event.
-    """
-
-    def __init__(
+    def _begin(
         self,
-        start: Callable[[pb.ChatRequest, float], _Call],
-        request: pb.ChatRequest,
+        start: Callable[[_Asked, float], _Call[_Asked, _Answered]],
         timeout: float,
         retry: bool,
     ) -> None:
-        super().__init__(request)
         self._start = start
         self._timeout = timeout
         self._retry = retry
         self._attempts: Attempts | None = None
-        self._call: _Call | None = None
+        self._call: _Call[_Asked, _Answered] | None = None
         self._closed = False
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
-        if self._closed or self.completed is not None:
+    async def __anext__(self) -> _Event:
+        if self._closed or self._is_over:
             raise StopAsyncIteration
+        if self._is_stale:
+            self._is_stale = False
+            if self._call is not None:
+                self._call.cancel()
+            self._call = None
         try:
             response = await self._next()
         except asyncio.CancelledError:
@@ -345,29 +460,21 @@ class AsyncChatStream(TurnState):
         """Cancels the stream. Safe to repeat."""
         self._cancel()
 
-    async def text(self) -> str:
-        """Reads the stream to its end, and returns the text of the stored answer."""
-        async for _ in self:
-            pass
-        if self.answer is None:
-            raise self._cut()
-        return self.answer.content
-
     def _cancel(self) -> None:
         self._closed = True
         if self._call is not None:
             self._call.cancel()
 
-    async def _next(self) -> pb.ChatResponse:
+    async def _next(self) -> _Answered:
         attempts = self._attempts = self._attempts or Attempts(self._timeout)
         while True:
             if self._call is None:
                 self._call = self._start(self._request, attempts.time_left())
             try:
                 response = await self._call.read()
-                if isinstance(response, pb.ChatResponse):
+                if isinstance(response, self._response_type):
                     attempts.succeeded()
-                    return response
+                    return cast("_Answered", response)
                 if self._closed or self._is_at_end:
                     self._cancel()
                     raise StopAsyncIteration
@@ -382,9 +489,66 @@ class AsyncChatStream(TurnState):
                 self._cancel()
                 raise self._failed(error)
             self._call = None
+            self._broke()
             await asyncio.sleep(pause)
             if self._closed:
                 raise StopAsyncIteration
+
+
+class AsyncChatStream(TurnState, _AsyncStream[pb.ChatRequest, pb.ChatResponse, Event]):
+    """The events of one turn, to be read with `async for`. `ChatStream` says more.
+
+    >>> async for event in client.chat("demo", "hi"):  # doctest: +SKIP
+    ...     match event:
+    ...         case Delta(text=text):
+    ...             print(text, end="")
+    ...         case Completed():
+    ...             print("\\nstored")
+
+    `aclose` cancels the stream, and so do leaving an `async with` block and cancelling the task
+    that waits for an event.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[pb.ChatRequest, float], _Call[pb.ChatRequest, pb.ChatResponse]],
+        request: pb.ChatRequest,
+        timeout: float,
+        retry: bool,
+    ) -> None:
+        super().__init__(request)
+        self._begin(start, timeout, retry)
+
+    async def text(self) -> str:
+        """Reads the stream to its end, and returns the text of the stored answer."""
+        async for _ in self:
+            pass
+        if self.answer is None:
+            raise self._cut()
+        return self.answer.content
+
+
+class AsyncWatchStream(WatchState, _AsyncStream[pb.WatchRequest, pb.WatchResponse, WatchEvent]):
+    """What a watched session holds and what comes, to be read with `async for`. `WatchStream` says
+    more.
+
+    >>> async with client.watch("demo") as events:  # doctest: +SKIP
+    ...     async for event in events:
+    ...         if isinstance(event, Message):
+    ...             print(event.content)
+
+    `aclose` ends it, and so do leaving the `async with` block and cancelling the task that waits
+    for an event.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[pb.WatchRequest, float], _Call[pb.WatchRequest, pb.WatchResponse]],
+        request: pb.WatchRequest,
+        retry: bool,
+    ) -> None:
+        super().__init__(request)
+        self._begin(start, math.inf, retry)
 
 
 def _is_cancelled() -> bool:

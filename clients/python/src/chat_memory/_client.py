@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -14,17 +15,30 @@ from chat_memory import _channel, _requests
 from chat_memory._errors import from_rpc
 from chat_memory._proto import chat_memory_pb2 as pb
 from chat_memory._proto.chat_memory_pb2_grpc import ChatMemoryStub
-from chat_memory._requests import CALL_SECONDS, CHAT_SECONDS, Event, TurnState
+from chat_memory._requests import (
+    CALL_SECONDS,
+    CHAT_SECONDS,
+    FORK_SECONDS,
+    Event,
+    StreamState,
+    Ttl,
+    TurnState,
+    WatchEvent,
+    WatchState,
+)
 from chat_memory._retry import Attempts, passes
 
 _Request = TypeVar("_Request", contravariant=True)
 _Response = TypeVar("_Response", covariant=True)
+_Asked = TypeVar("_Asked")
+_Answered = TypeVar("_Answered")
+_Event = TypeVar("_Event")
 
 
-class _Call(Protocol):
+class _Call(Protocol[_Response]):
     """What a stub's stream is."""
 
-    def __next__(self) -> pb.ChatResponse: ...
+    def __next__(self) -> _Response: ...
 
     def cancel(self) -> object: ...
 
@@ -173,6 +187,113 @@ class Client:
         request = pb.ClearRequest(session_id=session_id)
         return self._call(self._open().Clear, request, timeout).deleted_count
 
+    def get_session(self, session_id: str, *, timeout: float | None = None) -> pb.Session:
+        """Returns what there is to know of a session, its messages aside: title, metadata, expiry,
+        counts, and the turn that runs or ran last. Raises `NotFound` if there is no such session.
+        """
+        request = pb.GetSessionRequest(session_id=session_id)
+        return self._call(self._open().GetSession, request, timeout).session
+
+    def update_session(
+        self,
+        session_id: str,
+        *,
+        title: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        ttl: Ttl | None = None,
+        timeout: float | None = None,
+    ) -> pb.Session:
+        """Changes what is given, and returns the session as it is then. `metadata` replaces all
+        pairs; `ttl` is a time, `"never"` (it lives for ever) or `"default"` (as the server says).
+        Raises `NotFound` if the session has no messages.
+        """
+        request = _requests.update_request(session_id, title, metadata, ttl)
+        return self._call(self._open().UpdateSession, request, timeout).session
+
+    def list_sessions(
+        self,
+        *,
+        id_prefix: str = "",
+        metadata: Mapping[str, str] | None = None,
+        page_size: int = 0,
+        timeout: float | None = None,
+    ) -> Iterator[pb.Session]:
+        """Iterates over all sessions that have messages, the one with the newest activity first,
+        page by page. With `metadata`, only those that have all these pairs. `timeout` is for one
+        page.
+        """
+        request = pb.ListSessionsRequest(
+            id_prefix=id_prefix, metadata=metadata, page_size=page_size
+        )
+        while True:
+            page = self._call(self._open().ListSessions, request, timeout)
+            yield from page.sessions
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
+
+    def rewind(
+        self,
+        session_id: str,
+        after_sequence: int,
+        request_id: str | None = None,
+        stop_turn: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> int:
+        """Deletes the messages after a sequence (0: all), so that the conversation can go another
+        way from there, and returns how many went. Their sequences are not given again.
+
+        Raises `TurnInProgress` while a turn runs, unless `stop_turn` is set: that stops it and
+        drops its answer. The client makes a `request_id` if you give none, so a retry deletes
+        nothing that came after the first attempt.
+        """
+        request = _requests.rewind_request(session_id, after_sequence, request_id, stop_turn)
+        return self._call(self._open().Rewind, request, timeout).deleted_count
+
+    def fork(
+        self,
+        session_id: str,
+        new_session_id: str,
+        through_sequence: int | None = None,
+        *,
+        timeout: float = FORK_SECONDS,
+    ) -> pb.Session:
+        """Copies a session, or its beginning up to a sequence, into a new one, and returns that.
+
+        Raises `AlreadyExists` if the new session has messages, unless the same call made it before.
+        """
+        request = pb.ForkRequest(
+            session_id=session_id,
+            new_session_id=new_session_id,
+            through_sequence=through_sequence,
+        )
+        return self._call(self._open().Fork, request, timeout).session
+
+    def watch(
+        self,
+        session_id: str,
+        after_sequence: int = 0,
+        *,
+        include_raw: bool = False,
+        retry: bool = True,
+    ) -> WatchStream:
+        """Streams a session's messages, whoever writes them: those after `after_sequence`, then a
+        `Live`, then each further one as it arrives, with notices of turns, rewinds and clears
+        between them. See `WatchStream`.
+
+        With `retry=False`, the stream raises every failure in place of going on by itself.
+        """
+        request = pb.WatchRequest(
+            session_id=session_id, after_sequence=after_sequence, include_raw=include_raw
+        )
+        method = self._open().Watch
+
+        def start(request: pb.WatchRequest, _: float) -> _Call[pb.WatchResponse]:
+            return method(request)
+
+        return WatchStream(start, request, retry)
+
     def chat(
         self,
         session_id: str,
@@ -255,7 +376,7 @@ class Client:
     def _stream(self, request: pb.ChatRequest, timeout: float, retry: bool) -> ChatStream:
         method = self._open().Chat
 
-        def start(request: pb.ChatRequest, seconds: float) -> _Call:
+        def start(request: pb.ChatRequest, seconds: float) -> _Call[pb.ChatResponse]:
             return method(request, timeout=seconds)
 
         return ChatStream(start, request, timeout, retry)
@@ -284,47 +405,30 @@ class Client:
             time.sleep(pause)
 
 
-class ChatStream(TurnState):
-    """The events of one turn: a `Started`, any number of `Delta`s, one `Completed`.
+class _Stream(StreamState[_Asked, _Answered, _Event]):
+    """A stream that goes on by itself when it breaks off."""
 
-    >>> for event in client.chat("demo", "hi"):  # doctest: +SKIP
-    ...     match event:
-    ...         case Delta(text=text):
-    ...             print(text, end="")
-    ...         case Completed():
-    ...             print("\\nstored")
-
-    The call is made when the first event is asked for. If the stream breaks off (the connection,
-    the server or the store fails), it goes on after the last event that came, with the same turn,
-    for as long as `timeout` and tries of half a minute allow. A server that takes the turn over
-    runs it anew: then another `Started` comes, and the text before it is void. What the turn itself
-    fails with is raised.
-
-    `close` cancels the stream, and so does leaving a `with` block. What becomes of the turn then is
-    up to `on_disconnect`: by default it goes on and is stored.
-    """
-
-    def __init__(
-        self,
-        start: Callable[[pb.ChatRequest, float], _Call],
-        request: pb.ChatRequest,
-        timeout: float,
-        retry: bool,
+    def _begin(
+        self, start: Callable[[_Asked, float], _Call[_Answered]], timeout: float, retry: bool
     ) -> None:
-        super().__init__(request)
         self._start = start
         self._timeout = timeout
         self._retry = retry
         self._attempts: Attempts | None = None
-        self._call: _Call | None = None
+        self._call: _Call[_Answered] | None = None
         self._closed = False
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Event:
-        if self._closed or self.completed is not None:
+    def __next__(self) -> _Event:
+        if self._closed or self._is_over:
             raise StopIteration
+        if self._is_stale:
+            self._is_stale = False
+            if self._call is not None:
+                self._call.cancel()
+            self._call = None
         attempts = self._attempts = self._attempts or Attempts(self._timeout)
         while True:
             if self._call is None:
@@ -349,6 +453,7 @@ class ChatStream(TurnState):
                 self.close()
                 raise self._failed(error)
             self._call = None
+            self._broke()
             time.sleep(pause)
             if self._closed:
                 raise StopIteration
@@ -370,6 +475,37 @@ class ChatStream(TurnState):
         if self._call is not None:
             self._call.cancel()
 
+
+class ChatStream(TurnState, _Stream[pb.ChatRequest, pb.ChatResponse, Event]):
+    """The events of one turn: a `Started`, any number of `Delta`s, one `Completed`.
+
+    >>> for event in client.chat("demo", "hi"):  # doctest: +SKIP
+    ...     match event:
+    ...         case Delta(text=text):
+    ...             print(text, end="")
+    ...         case Completed():
+    ...             print("\\nstored")
+
+    The call is made when the first event is asked for. If the stream breaks off (the connection,
+    the server or the store fails), it goes on after the last event that came, with the same turn,
+    for as long as `timeout` and tries of half a minute allow. A server that takes the turn over
+    runs it anew: then another `Started` comes, and the text before it is void. What the turn itself
+    fails with is raised.
+
+    `close` cancels the stream, and so does leaving a `with` block. What becomes of the turn then is
+    up to `on_disconnect`: by default it goes on and is stored.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[pb.ChatRequest, float], _Call[pb.ChatResponse]],
+        request: pb.ChatRequest,
+        timeout: float,
+        retry: bool,
+    ) -> None:
+        super().__init__(request)
+        self._begin(start, timeout, retry)
+
     def text(self) -> str:
         """Reads the stream to its end, and returns the text of the stored answer."""
         for _ in self:
@@ -377,3 +513,28 @@ class ChatStream(TurnState):
         if self.answer is None:
             raise self._cut()
         return self.answer.content
+
+
+class WatchStream(WatchState, _Stream[pb.WatchRequest, pb.WatchResponse, WatchEvent]):
+    """What a watched session holds and what comes: `Message`, `Live`, `Turn`, `Rewound`, `Cleared`
+    and `Skipped`, as the proto says.
+
+    >>> with client.watch("demo") as events:  # doctest: +SKIP
+    ...     for event in events:
+    ...         if isinstance(event, Message):
+    ...             print(event.content)
+
+    It ends only when it is closed, by `close` or by leaving the `with` block. If it breaks off (the
+    connection, the server or the store fails), it goes on after the last message that came, with
+    another `Live`; if that fails for half a minute, it raises. `after_sequence` is where another
+    `watch` goes on.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[pb.WatchRequest, float], _Call[pb.WatchResponse]],
+        request: pb.WatchRequest,
+        retry: bool,
+    ) -> None:
+        super().__init__(request)
+        self._begin(start, math.inf, retry)

@@ -93,7 +93,11 @@ class SessionCleared(Aborted):
 
 
 class NotFound(ChatMemoryError):
-    """There is no such turn, or none runs."""
+    """There is no such turn, or none runs; or there is no such session."""
+
+
+class AlreadyExists(ChatMemoryError):
+    """The session that was to be made has messages."""
 
 
 class FailedPrecondition(ChatMemoryError):
@@ -148,6 +152,7 @@ _BY_REASON: dict[str, type[ChatMemoryError]] = {
 _BY_CODE: dict[grpc.StatusCode, type[ChatMemoryError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.ABORTED: Aborted,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Generic, Literal, TypeVar, cast
+
+import grpc
+from google.protobuf import duration_pb2
 
 import grpc
 
@@ -18,9 +23,17 @@ MESSAGES_PER_PAGE_MAX = 1000
 # A turn may take 10 minutes by the server's own limit.
 CHAT_SECONDS = 660.0
 CALL_SECONDS = 10.0
+# The server copies a large session in many steps.
+FORK_SECONDS = 600.0
 
 Event = pb.Started | pb.Delta | pb.Completed
 """What a turn's stream consists of."""
+
+WatchEvent = pb.Message | pb.Live | pb.Turn | pb.Rewound | pb.Cleared | pb.Skipped
+"""What the stream of a watched session consists of."""
+
+Ttl = datetime.timedelta | Literal["never", "default"]
+"""How long a session lives after its last write: a time, for ever, or as the server says."""
 
 
 def append_request(
@@ -114,8 +127,130 @@ def stop_request(session_id: str, turn_id: str, discard: bool) -> pb.StopChatReq
     return pb.StopChatRequest(session_id=session_id, turn_id=turn_id, discard=discard)
 
 
-class TurnState:
+def update_request(
+    session_id: str,
+    title: str | None,
+    metadata: Mapping[str, str] | None,
+    ttl: Ttl | None,
+) -> pb.UpdateSessionRequest:
+    """The request to change what is given of a session."""
+    request = pb.UpdateSessionRequest(session=pb.Session(session_id=session_id))
+    if title is not None:
+        request.session.title = title
+        request.update_mask.paths.append("title")
+    if metadata is not None:
+        request.session.metadata.update(metadata)
+        request.update_mask.paths.append("metadata")
+    if ttl is not None:
+        if isinstance(ttl, datetime.timedelta):
+            request.session.ttl.FromTimedelta(ttl)
+        elif ttl == "never":
+            request.session.ttl.CopyFrom(duration_pb2.Duration())
+        request.update_mask.paths.append("ttl")
+    return request
+
+
+def rewind_request(
+    session_id: str, after_sequence: int, request_id: str | None, stop_turn: bool
+) -> pb.RewindRequest:
+    """The request, with an id in any case: a retry must not delete what came after the first."""
+    return pb.RewindRequest(
+        session_id=session_id,
+        after_sequence=after_sequence,
+        request_id=request_id or str(uuid.uuid4()),
+        stop_turn=stop_turn,
+    )
+
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+_Event = TypeVar("_Event")
+
+
+class StreamState(Generic[_Request, _Response, _Event]):
+    """What a stream has shown so far, and how it goes on if it breaks."""
+
+    _response_type: ClassVar[type]
+    _request: _Request
+    """What the next call asks for."""
+    _is_stale = False
+    """Whether the call that runs is not the one to read on."""
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether all has come."""
+        return False
+
+    @property
+    def _is_at_end(self) -> bool:
+        """Whether a stream that ends now means that there is nothing more."""
+        return False
+
+    def _take(self, response: _Response) -> _Event:
+        raise NotImplementedError
+
+    def _may_repeat(self, error: ChatMemoryError) -> bool:
+        """Whether the request may be sent again after this failure."""
+        raise NotImplementedError
+
+    def _broke(self) -> None:
+        """Says that the request will be sent again."""
+
+    def _failed(self, error: ChatMemoryError) -> ChatMemoryError:
+        return error
+
+    def _cut(self) -> ChatMemoryError:
+        raise NotImplementedError
+
+
+class WatchState(StreamState[pb.WatchRequest, pb.WatchResponse, WatchEvent]):
+    """What a stream has shown of a session so far."""
+
+    _response_type = pb.WatchResponse
+
+    after_sequence: int
+    """The sequence up to which all has come: `watch` goes on after it."""
+
+    def __init__(self, request: pb.WatchRequest) -> None:
+        self._request = request
+        self._resumed_after: int | None = None
+        self.after_sequence = request.after_sequence
+
+    def _take(self, response: pb.WatchResponse) -> WatchEvent:
+        # An event of a newer server that this client does not know is an empty turn.
+        event = cast("WatchEvent", getattr(response, response.WhichOneof("event") or "turn"))
+        if isinstance(event, pb.Live) and self._resumed_after is not None:
+            # A session's last sequence never falls: this is another one, all of which is new.
+            self._is_stale = event.last_sequence < self._resumed_after
+            self._resumed_after = None
+            if self._is_stale:
+                event = pb.Cleared()
+        if isinstance(event, pb.Message):
+            self.after_sequence = event.sequence
+        elif isinstance(event, pb.Live | pb.Rewound):
+            self.after_sequence = event.last_sequence
+        elif isinstance(event, pb.Skipped):
+            self.after_sequence = event.first_sequence - 1
+        elif isinstance(event, pb.Cleared):
+            # The next life of a session may count from 1 on.
+            self.after_sequence = 0
+        self._request.after_sequence = self.after_sequence
+        return event
+
+    def _may_repeat(self, error: ChatMemoryError) -> bool:
+        return passes(error) or error.reason == "WATCHER_TOO_SLOW"
+
+    def _broke(self) -> None:
+        self._resumed_after = self.after_sequence
+
+    def _cut(self) -> ChatMemoryError:
+        return Unavailable("the stream ended", code=grpc.StatusCode.UNAVAILABLE)
+
+
+class TurnState(StreamState[pb.ChatRequest, pb.ChatResponse, Event]):
     """What a stream has shown of its turn so far."""
+
+    _response_type = pb.ChatResponse
 
     turn_id: str
     """The turn's id: `chat` with this id gets this turn again, and does not ask the model anew."""
@@ -161,12 +296,14 @@ class TurnState:
         return not self._request.messages
 
     @property
+    def _is_over(self) -> bool:
+        return self.completed is not None
+
+    @property
     def _is_at_end(self) -> bool:
-        """Whether a stream that ends now means that the turn had no more events."""
         return self._is_followed and self.event_number == self._asked_after
 
     def _may_repeat(self, error: ChatMemoryError) -> bool:
-        """Whether the request may be sent again after this failure."""
         return may_go_on(error) if self._is_followed else passes(error)
 
     def _failed(self, error: ChatMemoryError) -> ChatMemoryError:
