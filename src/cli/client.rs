@@ -234,7 +234,7 @@ mod tests {
     fn pauses_grow_up_to_a_limit_and_end_unless_a_try_went_well() {
         let status = Status::unavailable("away");
         let mut pauses = Pauses::new(4, Duration::from_millis(300));
-        let mut ms = |pauses: &mut Pauses| pauses.next(&status).map(|pause| pause.as_millis());
+        let ms = |pauses: &mut Pauses| pauses.next(&status).map(|pause| pause.as_millis());
         assert_eq!([(); 2].map(|()| ms(&mut pauses)), [Some(100), Some(200)]);
         pauses.restart();
         let row = [(); 5].map(|()| ms(&mut pauses));
