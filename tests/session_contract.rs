@@ -465,6 +465,15 @@ async fn reads_extend_a_life_if_they_are_to(store: Shared, s: SessionId) {
     until_gone(&store, &s).await;
 }
 
+async fn reads_extend_no_life_unless_they_are_to(store: Shared, s: SessionId) {
+    fill(&*store, &s, 1).await;
+    until("it expires while it is read", async || {
+        let page = read_all(&*store, &s).await;
+        page.elements.is_empty().then_some(())
+    })
+    .await;
+}
+
 async fn an_expiry_does_not_tear_a_turn(store: Shared, s: SessionId) {
     store.append(&s, batch(["before"])).await.unwrap();
     let first = begin("a", lease());
@@ -986,7 +995,8 @@ async fn a_change_of_what_is_copied_leaves_no_half_fork(store: Shared, s: Sessio
                 _ => rewind(&store, &s, appended.first_sequence + count / 2).await,
             }
         };
-        let (forked, _) = tokio::join!(store.fork(&s, to(&copy, None)), change);
+        let both = async { tokio::join!(store.fork(&s, to(&copy, None)), change) };
+        let (forked, _) = timeout(LIMIT, both).await.unwrap();
         let held = read_all(&*store, &copy).await.elements.len() as i64;
         match forked.unwrap() {
             Forked::Done(seen) => assert_eq!((held, seen.count), (seen.count, held)),
@@ -1357,6 +1367,7 @@ macro_rules! contract {
                 PLAIN => an_expired_session_is_as_one_that_never_was,
                 BRIEF => a_request_of_an_expired_session_counts_no_more,
                 EXTENDED => reads_extend_a_life_if_they_are_to,
+                BRIEF => reads_extend_no_life_unless_they_are_to,
                 BRIEF => an_expiry_does_not_tear_a_turn,
                 PLAIN => an_expiry_is_set_once,
                 FOUR => trimming_takes_whole_exchanges_and_never_the_newest,
