@@ -737,11 +737,11 @@ async fn stream_turn(
         };
         // One that has not begun is tried again by whoever asked.
         let is_followed = request.messages.is_empty();
-        let pause = pauses.next().filter(|_| is_followed && may_go_on(&status));
-        let Some(pause) = pause else {
+        let pause = pauses.next(&status);
+        let Some(pause) = pause.filter(|_| is_followed && may_go_on(&status)) else {
             return Ok(TurnEnd::Failed(status));
         };
-        // The first try mends most of it, and nobody need know.
+        // A short pause mends most of it, and nobody need know.
         if pause > client::PAUSE_FIRST {
             let (status, seconds) = (client::describe(&status), pause.as_secs_f64());
             answer.interject(&format!("[{status}; going on in {seconds:.1} s]"), screen)?;

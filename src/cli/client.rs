@@ -115,9 +115,11 @@ impl Pauses {
         }
     }
 
-    /// The pause before the next try; `None` if there were enough of them.
-    pub(super) fn next(&mut self) -> Option<Duration> {
-        let pause = PAUSE_FIRST * 2_u32.saturating_pow(self.tries);
+    /// The pause before the next try, as long as the server asks for at least; `None` if there were
+    /// enough tries.
+    pub(super) fn next(&mut self, status: &Status) -> Option<Duration> {
+        let pause = PAUSE_FIRST.saturating_mul(2_u32.saturating_pow(self.tries));
+        let pause = pause.max(retry_delay(status).unwrap_or_default());
         self.tries += 1;
         (self.tries <= self.tries_max).then_some(pause.min(self.pause_max))
     }
@@ -132,6 +134,12 @@ impl Pauses {
 pub fn reason(status: &Status) -> Option<String> {
     let info = status.get_details_error_info()?;
     (!info.reason.is_empty()).then_some(info.reason)
+}
+
+/// After which time the server thinks that trying again makes sense.
+fn retry_delay(status: &Status) -> Option<Duration> {
+    let delay = status.get_details_retry_info()?.retry_delay;
+    delay.filter(|delay| !delay.is_zero())
 }
 
 /// A status in words: its message, code and reason, then a line for each field at fault and for
@@ -169,10 +177,7 @@ pub fn describe(status: &Status) -> String {
             described += &format!("\n  {field}: {rule}");
         }
     }
-    let delay = status
-        .get_details_retry_info()
-        .and_then(|details| details.retry_delay);
-    if let Some(delay) = delay.filter(|delay| !delay.is_zero()) {
+    if let Some(delay) = retry_delay(status) {
         described += &format!("\n  try again in {:.1} s", delay.as_secs_f64());
     }
     described
@@ -223,6 +228,39 @@ mod tests {
             "the request is bad (INVALID_ARGUMENT, INVALID_FIELD)\n  \
              messages[0].role: is required\n  try again in 1.5 s"
         );
+    }
+
+    #[test]
+    fn pauses_grow_up_to_a_limit_and_end_unless_a_try_went_well() {
+        let status = Status::unavailable("away");
+        let mut pauses = Pauses::new(4, Duration::from_millis(300));
+        let ms = |pauses: &mut Pauses| pauses.next(&status).map(|pause| pause.as_millis());
+        assert_eq!([(); 2].map(|()| ms(&mut pauses)), [Some(100), Some(200)]);
+        pauses.restart();
+        let row = [(); 5].map(|()| ms(&mut pauses));
+        assert_eq!(row, [Some(100), Some(200), Some(300), Some(300), None]);
+
+        let mut details = ErrorDetails::new();
+        details.set_retry_info(Some(Duration::from_millis(250)));
+        let status = Status::with_error_details(Code::Unavailable, "away", details);
+        let pause = Pauses::new(1, Duration::from_secs(1)).next(&status);
+        assert_eq!(pause, Some(Duration::from_millis(250)));
+    }
+
+    #[test]
+    fn a_call_is_broken_where_no_server_gave_a_reason_or_it_is_away() {
+        let with_reason = |code| {
+            let mut details = ErrorDetails::new();
+            details.set_error_info("WHY", "chatmemory.v1", HashMap::new());
+            Status::with_error_details(code, "", details)
+        };
+        for code in [Code::Unavailable, Code::Unknown, Code::Internal] {
+            assert!(is_broken(&Status::new(code, "")), "{code:?}");
+        }
+        assert!(is_broken(&with_reason(Code::Unavailable)));
+        for code in [Code::Internal, Code::Aborted, Code::InvalidArgument] {
+            assert!(!is_broken(&with_reason(code)), "{code:?}");
+        }
     }
 
     #[test]

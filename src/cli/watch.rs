@@ -69,7 +69,7 @@ pub async fn print(args: &WatchArgs, screen: Screen) -> Result<(), Error> {
             End::Broken(status) => status,
             End::OtherSession => continue,
         };
-        let Some(pause) = pauses.next().filter(|_| may_go_on(&status)) else {
+        let Some(pause) = pauses.next(&status).filter(|_| may_go_on(&status)) else {
             return Err(status.into());
         };
         let broken = client::describe(&status);
