@@ -24,7 +24,7 @@ from langchain_community.chat_message_histories import RedisChatMessageHistory
 from loopback_openai import Provider, loopback_openai
 from openai import AsyncOpenAI
 
-from chat_memory import Client, assistant, user
+from chat_memory import ROLE_OTHER, Client, Message, assistant, user
 from chat_memory.openai_agents import ChatMemorySession
 
 set_tracing_disabled(True)
@@ -241,7 +241,7 @@ async def test_other_clients_see_the_conversation(redis: Redis, session_id: str)
     assert [message.type for message in read] == ["human", "ai", "tool", "ai"]
     assert read[1].model_dump()["tool_calls"][0]["args"] == {"a": 1, "b": 2}
     assert await session.pop_item() == items[-1]
-    assert len(RedisChatMessageHistory(session_id, url=redis.url).messages) == 5
+    assert len(RedisChatMessageHistory(session_id, url=redis.url).messages) == 3
     with Client(redis.target) as client:
         client.append(session_id, [user("And 2 + 3?"), assistant("5")])
     theirs: list[Any] = [
@@ -252,15 +252,33 @@ async def test_other_clients_see_the_conversation(redis: Redis, session_id: str)
     await session.close()
 
 
-async def test_more_items_than_a_page_are_read_past_their_markers(
-    session: ChatMemorySession,
+async def test_more_items_than_a_page_are_read_past_the_markers_of_older_versions(
+    session: ChatMemorySession, target: str, session_id: str
 ) -> None:
     items: Items = [{"role": "user", "content": str(n)} for n in range(250)]
     await session.add_items(items)
-    for item in reversed(items[-30:]):
-        assert await session.pop_item() == item
+    with Client(target) as client:
+        for sequence in range(250, 220, -1):
+            marker = Message(role=ROLE_OTHER, role_name="chat_memory_pop")
+            marker.metadata["openai_agents_pops"] = str(sequence)
+            marker.metadata.get_or_create_struct("langchain")
+            client.append(session_id, [marker])
     assert await session.get_items() == items[:-30]
     assert await session.get_items(limit=1) == [items[-31]]
+    assert await session.pop_item() == items[-31]
+    assert await session.get_items() == items[:-31]
+    with Client(target) as client:
+        # What the markers took back went with them.
+        assert client.get_messages(session_id, last_messages=1).messages[0].sequence == 219
+
+
+async def test_a_pop_deletes_for_everybody(target: str, session_id: str) -> None:
+    session = ChatMemorySession(session_id, target)
+    await session.add_items([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+    await session.pop_item()
+    with Client(target) as client:
+        assert [message.content for message in client.messages(session_id)] == ["a"]
+    await session.close()
 
 
 async def test_no_item_is_popped_twice(target: str, session_id: str) -> None:

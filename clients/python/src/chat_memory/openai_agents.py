@@ -12,12 +12,11 @@ results. The item itself is kept beside that, as its JSON text, and comes back a
 of other clients appear as user, assistant and system items; results of tools whose calls were not
 made by the SDK are left out.
 
-Limits, all of them until the server can drop what comes after a sequence:
+Limits:
 
-- `pop_item` does not delete. It appends a marker that names the message it takes back, and this
-  session then passes over both. Other clients still see the popped message, and see the marker as
-  an empty message of the role `chat_memory_pop`. `clear_session` deletes everything.
-- Each marker costs a message to read past.
+- `pop_item` deletes its message from the session, for all clients. The server has no condition for
+  that: what another client adds at the same moment goes with it, and its message may be what goes.
+  Pops alone never take one item twice.
 - An item takes its size twice, as a message and as JSON, except for plain texts. A message is at
   most 1 MiB.
 - More than 100 items are added in several steps of up to 100; a failure between two leaves the
@@ -30,11 +29,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+import grpc
 from agents.items import TResponseInputItem
 from agents.memory.session_settings import SessionSettings, resolve_session_limit
 
 from chat_memory._aio import AsyncClient
-from chat_memory._errors import SequenceMismatch
+from chat_memory._errors import Aborted
 from chat_memory._proto import chat_memory_pb2 as pb
 from chat_memory._requests import MESSAGES_PER_APPEND_MAX, MESSAGES_PER_PAGE_MAX
 
@@ -44,13 +44,14 @@ _ITEM = "openai_agents_item"
 """The key of `metadata` that holds an item's JSON text."""
 
 _POPS = "openai_agents_pops"
-"""The key of `metadata` that makes a message a marker: the sequence that it takes back."""
+"""The key of `metadata` that makes a message a marker: the sequence that it takes back. Older
+versions stored markers where this one deletes."""
 
 _POP_ROLE = "chat_memory_pop"
 
 _BATCH_BYTES_MAX = 2 * 1024 * 1024
 
-# A pop that loses against other writers this often in a row fails with the last conflict.
+# A pop that loses against others this often in a row fails.
 _POP_ATTEMPTS_MAX = 20
 
 
@@ -58,7 +59,7 @@ class ChatMemorySession:
     """The items of one session: the SDK's `Session` protocol.
 
     All clients, processes and replicas may use a session at once: items that are added together
-    stay together, and no item is popped twice.
+    stay together. Do not pop while others add.
 
     Without a `client`, the session opens one for `target`; `close` gives it back. A session may be
     used by several event loops.
@@ -87,8 +88,7 @@ class ChatMemorySession:
         limit = resolve_session_limit(limit, self.session_settings)
         if limit is not None and limit <= 0:
             return []
-        _, items = await self._newest(limit)
-        return [item for _, item in reversed(items)]
+        return [item for _, item in reversed(await self._newest(limit))]
 
     async def add_items(self, items: list[TResponseInputItem]) -> None:
         """Adds items at the end: up to 100 in one atomic step."""
@@ -108,32 +108,24 @@ class ChatMemorySession:
             await self._client.append(self.session_id, batch)
 
     async def pop_item(self) -> TResponseInputItem | None:
-        """Takes the newest item back, and returns it; None if there is none.
+        """Deletes the newest item, and returns it; None if there is none.
 
-        The marker is stored only if nobody wrote since the item was read, so of two that pop at
-        once each gets an item of its own.
+        Messages after it that are no items go too. Of two that pop at once, each gets an item of
+        its own. Raises `TurnInProgress` while the server runs a turn on the session.
         """
-        for attempt in range(1, _POP_ATTEMPTS_MAX + 1):
-            last_sequence, items = await self._newest(1)
+        for _ in range(_POP_ATTEMPTS_MAX):
+            items = await self._newest(1)
             if not items:
                 return None
             sequence, item = items[0]
-            marker = pb.Message(role=pb.ROLE_OTHER, role_name=_POP_ROLE)
-            marker.metadata[_POPS] = str(sequence)
-            marker.metadata.get_or_create_struct("langchain")
-            try:
-                await self._client.append(
-                    self.session_id, [marker], expected_last_sequence=last_sequence
-                )
-            except SequenceMismatch:
-                if attempt == _POP_ATTEMPTS_MAX:
-                    raise
-                continue
-            return item
-        return None
+            if await self._client.rewind(self.session_id, sequence - 1):
+                return item
+            # Nothing was left to delete: somebody else has popped it.
+        text = "others popped each item first"
+        raise Aborted(text, code=grpc.StatusCode.ABORTED)
 
     async def clear_session(self) -> None:
-        """Deletes the session, markers included."""
+        """Deletes the session."""
         await self._client.clear(self.session_id)
 
     async def close(self) -> None:
@@ -141,12 +133,11 @@ class ChatMemorySession:
         if self._owned is not None:
             await self._owned.close()
 
-    async def _newest(self, limit: int | None) -> tuple[int, list[tuple[int, TResponseInputItem]]]:
-        """The session's last sequence, and its newest items with their sequences, newest first.
+    async def _newest(self, limit: int | None) -> list[tuple[int, TResponseInputItem]]:
+        """The newest items with their sequences, newest first.
 
         Markers come before what they take back in this order, so one pass is enough.
         """
-        last_sequence = 0
         popped: set[int] = set()
         items: list[tuple[int, TResponseInputItem]] = []
         page_size = MESSAGES_PER_PAGE_MAX if limit is None else limit + 10
@@ -161,7 +152,6 @@ class ChatMemorySession:
                 newest_first=True,
             )
             for message in page.messages:
-                last_sequence = last_sequence or message.sequence
                 if message.role == pb.ROLE_OTHER and message.role_name == _POP_ROLE:
                     popped.add(_popped_by(message))
                     continue
@@ -172,10 +162,10 @@ class ChatMemorySession:
                     continue
                 items.append((message.sequence, item))
                 if len(items) == limit:
-                    return last_sequence, items
+                    return items
             token = page.next_page_token
             if not token:
-                return last_sequence, items
+                return items
 
 
 def _popped_by(marker: pb.Message) -> int:
