@@ -474,3 +474,55 @@ fn every_command_has_a_manual_page_and_completes_its_flags() {
     }
     assert!(page("chat-memory-sessions.1").contains("Examples:"));
 }
+
+#[test]
+fn sessions_are_listed_named_forked_rewound_and_watched_on_the_real_server() {
+    let server = RealServer::start();
+    let run = |arguments: &[&str], input: &str| {
+        let output = piped(&server.target, arguments, input);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        stdout_of(&output).to_owned()
+    };
+    run(&["chat", "--session", "s"], "hi\nthere\n");
+    let said = run(&["update", "--session", "s", "--title", "größe"], "");
+    assert!(said.contains("größe"), "{said}");
+    let said = run(
+        &["fork", "--session", "s", "--to", "copy", "--through", "2"],
+        "",
+    );
+    assert_eq!(said, "the session copy has 2 messages now\n");
+    let said = run(&["rewind", "--session", "s", "--after", "3", "--yes"], "");
+    assert_eq!(said, "1 message deleted\n");
+    let listed: Vec<(String, i64)> = run(&["sessions", "--json"], "")
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .map(|session| {
+            let id = session["session_id"].as_str().unwrap().to_owned();
+            (id, session["message_count"].as_i64().unwrap())
+        })
+        .collect();
+    assert_eq!(listed.len(), 2, "{listed:?}");
+    assert!(listed.contains(&("s".to_owned(), 3)), "{listed:?}");
+    assert!(listed.contains(&("copy".to_owned(), 2)), "{listed:?}");
+
+    let arguments = ["watch", "--session", "copy", "--after", "1", "--json"];
+    let mut watch = client(&server.target, &arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut next = || lines.next().unwrap().unwrap();
+    assert!(next().starts_with(r#"{"message":{"sequence":2,"#));
+    assert_eq!(next(), r#"{"live":{"last_sequence":2}}"#);
+    run(&["chat", "--session", "copy"], "more\n");
+    let messages =
+        std::iter::from_fn(|| Some(next())).filter(|line| line.starts_with("{\"message\""));
+    let contents: Vec<serde_json::Value> = messages
+        .take(2)
+        .map(|line| serde_json::from_str::<serde_json::Value>(&line).unwrap())
+        .map(|event| event["message"]["content"].clone())
+        .collect();
+    assert_eq!(contents, ["more", "You said: more"]);
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+}
