@@ -1,7 +1,14 @@
 //! proto → Rust types and the descriptor set that server reflection serves. protox parses the
-//! proto in Rust, so building needs no protoc.
+//! proto in Rust, so building needs no protoc. And the tokens of OpenAI's tokenizers, as
+//! `src/tokens.rs` reads them.
 
-use std::{env, error::Error, fs, path::PathBuf, process::Command};
+use std::{
+    env,
+    error::Error,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use prost::Message as _;
 
@@ -23,7 +30,30 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".")
         .compile_fds(descriptors)?;
 
+    write_tokens(&out_dir, "o200k_base", &tiktoken_rs::o200k_base()?)?;
+    write_tokens(&out_dir, "cl100k_base", &tiktoken_rs::cl100k_base()?)?;
+
     println!("cargo:rustc-env=CHAT_MEMORY_COMMIT={}", commit());
+    Ok(())
+}
+
+/// Writes the tokens of a tokenizer by their rank: of each its length, in one byte, and its bytes.
+/// (tiktoken-rs itself holds them as base64, which makes the program twice as much larger.)
+fn write_tokens(
+    out_dir: &Path,
+    name: &str,
+    tokenizer: &tiktoken_rs::CoreBPE,
+) -> Result<(), Box<dyn Error>> {
+    let mut tokens = Vec::new();
+    // There is a gap between the last of them and the special tokens, which no text has.
+    for rank in 0.. {
+        let Ok(token) = tokenizer.decode_bytes(&[rank]) else {
+            break;
+        };
+        tokens.push(u8::try_from(token.len())?);
+        tokens.extend(token);
+    }
+    fs::write(out_dir.join(format!("{name}.tokens")), tokens)?;
     Ok(())
 }
 

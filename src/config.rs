@@ -20,7 +20,7 @@ use crate::{
         retry,
     },
     secret::Secret,
-    store::redis,
+    store::{redis, sessions::Upkeep},
     telemetry::{self, LogFormat},
 };
 
@@ -203,8 +203,44 @@ pub struct Serve {
     #[arg(help_heading = "Network")]
     unix_mode: Given<Octal>,
 
+    /// Serve metrics for Prometheus at `http://IP:PORT/metrics`. Off if not given. Port 0 takes any
+    /// free port; the server prints which
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_METRICS_LISTEN",
+        value_name = "ADDRESS",
+        help_heading = "Network"
+    )]
+    metrics_listen: Option<Given<Listen>>,
+
     #[command(flatten)]
     store: StoreArgs,
+
+    /// How long a session lives after its last write, with all that is kept beside it: seconds, or
+    /// with a unit such as `12h` or `30d` (1 second to 10 years). UpdateSession can say otherwise for
+    /// one session. Without it, the server sets no expiry, and one that others set stands
+    #[arg(long, env = "CHAT_MEMORY_SESSION_TTL", value_name = "TIME")]
+    #[arg(help_heading = "Sessions")]
+    session_ttl: Option<Given<Period>>,
+
+    /// Let reading a session prolong its life as writing does
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_SESSION_TTL_ON_READ",
+        value_name = "BOOL",
+        default_value = "false",
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
+    #[arg(value_parser = clap::builder::BoolishValueParser::new(), help_heading = "Sessions")]
+    #[arg(action = clap::ArgAction::Set)]
+    session_ttl_on_read: bool,
+
+    /// Messages that a session keeps (2 to 100000000): a write that makes more removes the oldest,
+    /// whole exchanges only. Without it, all are kept
+    #[arg(long, env = "CHAT_MEMORY_MAX_MESSAGES_PER_SESSION", value_name = "N")]
+    #[arg(help_heading = "Sessions")]
+    max_messages_per_session: Option<Given<usize>>,
 
     /// The model that answers, by its provider's name, such as `gpt-5-mini`, `claude-sonnet-4-5`,
     /// `gemini-2.5-flash`, or `PROVIDER::NAME`. Its key comes from the provider's usual variable.
@@ -304,8 +340,8 @@ pub struct Serve {
     #[arg(help_heading = "Turns")]
     turn_retention: Given<Period>,
 
-    /// Run turns whose servers have died although nobody asks for them. With `false`, such a turn
-    /// fails when somebody does
+    /// Run turns whose servers have died although nobody asks for them. With `false`, they run anew
+    /// once somebody does
     #[arg(
         long,
         env = "CHAT_MEMORY_ADOPT_TURNS",
@@ -338,6 +374,16 @@ pub struct Serve {
     )]
     #[arg(help_heading = "Limits")]
     max_requests: Given<usize>,
+
+    /// Watchers of sessions at once (1 to 1000000); more are refused with RESOURCE_EXHAUSTED
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_MAX_WATCHERS",
+        value_name = "N",
+        default_value = "20000"
+    )]
+    #[arg(help_heading = "Limits")]
+    max_watchers: Given<usize>,
 
     /// Calls that one connection may have open at once (1 to 1000000); more wait in the client
     #[arg(
@@ -524,7 +570,10 @@ impl StoreArgs {
 pub struct Config {
     pub listen: Vec<Listen>,
     pub unix_mode: u32,
+    /// Where metrics are served.
+    pub metrics_listen: Option<SocketAddr>,
     pub store: StoreConfig,
+    pub upkeep: Upkeep,
     pub key_prefix: String,
     pub model: ModelConfig,
     pub history_messages: usize,
@@ -534,6 +583,7 @@ pub struct Config {
     pub adopt_turns: bool,
     pub turns_max: usize,
     pub requests_max: usize,
+    pub watchers_max: usize,
     pub streams_max: u32,
     pub keepalive: Duration,
     pub drain_limit: Duration,
@@ -592,6 +642,7 @@ impl Serve {
     pub fn check(&self) -> Result<Config, Problems> {
         let mut problems = Problems(Vec::new());
         let listen = self.check_listen(&mut problems);
+        let metrics_listen = self.check_metrics_listen(&mut problems);
         let unix_mode = problems.take("--unix-mode", &self.unix_mode, Octal(0)..=Octal(0o777));
         let store = self.store.check_into(&mut problems);
         let model = self.check_model(&mut problems);
@@ -602,7 +653,9 @@ impl Serve {
         let config = Config {
             listen,
             unix_mode: unix_mode.0,
+            metrics_listen,
             store,
+            upkeep: self.check_upkeep(&mut problems),
             key_prefix: self.store.redis.key_prefix.clone(),
             model,
             history_messages: problems.take(
@@ -622,6 +675,7 @@ impl Serve {
             adopt_turns: self.adopt_turns,
             turns_max: problems.take("--max-turns", &self.max_turns, 1..=1_000_000),
             requests_max: problems.take("--max-requests", &self.max_requests, 1..=1_000_000),
+            watchers_max: problems.take("--max-watchers", &self.max_watchers, 1..=1_000_000),
             streams_max: problems.take("--max-streams", &self.max_streams, 1..=1_000_000),
             keepalive: seconds(problems.take(
                 "--keepalive-seconds",
@@ -639,6 +693,22 @@ impl Serve {
         }
     }
 
+    fn check_upkeep(&self, problems: &mut Problems) -> Upkeep {
+        let periods =
+            Period(Duration::from_secs(1))..=Period(Duration::from_secs(3650 * 24 * 3600));
+        let ttl = self.session_ttl.as_ref();
+        let ttl = ttl.map(|ttl| problems.take("--session-ttl", ttl, periods));
+        let elements_max = self
+            .max_messages_per_session
+            .as_ref()
+            .map(|max| problems.take("--max-messages-per-session", max, 2..=100_000_000));
+        Upkeep {
+            ttl_ms: ttl.map(|ttl| i64::try_from(ttl.0.as_millis()).unwrap_or(i64::MAX)),
+            reads_extend: self.session_ttl_on_read,
+            elements_max,
+        }
+    }
+
     fn check_listen(&self, problems: &mut Problems) -> Vec<Listen> {
         let mut addresses = Vec::with_capacity(self.listen.len());
         for given in &self.listen {
@@ -646,19 +716,36 @@ impl Serve {
                 problems.parsed("--listen", given);
                 continue;
             };
-            if let Listen::Tcp(socket) = address
-                && !socket.ip().is_loopback()
-                && !self.insecure
-            {
-                problems.add(format!(
-                    "--listen: {socket} can be reached by other machines, and there is no \
-                     authentication and no TLS yet; if the network is closed to all but trusted \
-                     clients, say so with --insecure"
-                ));
+            if let Listen::Tcp(socket) = address {
+                self.check_reach("--listen", *socket, problems);
             }
             addresses.push(address.clone());
         }
         addresses
+    }
+
+    fn check_metrics_listen(&self, problems: &mut Problems) -> Option<SocketAddr> {
+        match problems.parsed("--metrics-listen", self.metrics_listen.as_ref()?) {
+            Listen::Tcp(socket) => {
+                self.check_reach("--metrics-listen", socket, problems);
+                Some(socket)
+            }
+            Listen::Unix(_) => {
+                problems.add("--metrics-listen: must be IP:PORT".to_owned());
+                None
+            }
+        }
+    }
+
+    /// An address that other machines can reach must be asked for.
+    fn check_reach(&self, flag: &str, socket: SocketAddr, problems: &mut Problems) {
+        if !socket.ip().is_loopback() && !self.insecure {
+            problems.add(format!(
+                "{flag}: {socket} can be reached by other machines, and there is no \
+                 authentication and no TLS yet; if the network is closed to all but trusted \
+                 clients, say so with --insecure"
+            ));
+        }
     }
 
     fn check_model(&self, problems: &mut Problems) -> ModelConfig {
@@ -854,6 +941,7 @@ mod tests {
         );
         assert!(matches!(config.model, ModelConfig::Echo));
         assert_eq!(config.key_prefix, "message_store:");
+        assert_eq!(config.metrics_listen, None);
     }
 
     #[test]
@@ -893,6 +981,10 @@ mod tests {
         assert!(check(&["--listen=[::]:50051"]).is_err());
         assert!(check(&["--listen=0.0.0.0:50051", "--insecure"]).is_ok());
         assert!(check(&["--listen=127.0.0.1:0,unix:/tmp/x.sock,[::1]:0"]).is_ok());
+        assert!(check(&["--metrics-listen=0.0.0.0:9464"]).is_err());
+        assert!(check(&["--metrics-listen=unix:/tmp/x.sock"]).is_err());
+        assert!(check(&["--metrics-listen=0.0.0.0:9464", "--insecure"]).is_ok());
+        assert!(check(&["--metrics-listen=127.0.0.1:0"]).is_ok());
     }
 
     #[test]

@@ -26,9 +26,6 @@ pub enum Error {
     #[error(transparent)]
     InvalidField(#[from] Violation),
 
-    #[error("{field} is not implemented yet")]
-    NotImplemented { field: String },
-
     #[error(transparent)]
     Store(#[from] store::Error),
 
@@ -48,6 +45,24 @@ pub enum Error {
 
     #[error("the session has no turn {turn_id:?}")]
     TurnNotFound { turn_id: String },
+
+    #[error("there is no session {session_id:?}")]
+    SessionNotFound { session_id: String },
+
+    #[error("the session {session_id:?} has messages or a running turn already")]
+    SessionExists { session_id: String },
+
+    #[error("the session was rewound after {limit} of its messages already")]
+    TooManyRewinds { limit: usize },
+
+    #[error("the server has {limit} watchers already")]
+    TooManyWatchers { limit: usize },
+
+    #[error(
+        "the watcher took nothing for {} seconds; go on after the last message received",
+        .limit.as_secs()
+    )]
+    WatcherTooSlow { limit: Duration },
 
     /// It was asked to stop, and nothing of it is stored.
     #[error("the turn was stopped before there was an answer, or its answer was discarded")]
@@ -76,6 +91,10 @@ pub enum Error {
         "the history to give to the model is larger than {limit} bytes; ask for fewer messages"
     )]
     HistoryTooLarge { limit: usize },
+
+    /// What must be in a window is above its `max_tokens`.
+    #[error("the newest exchange alone takes {needed} tokens, more than max_tokens: {max_tokens}")]
+    WindowTooSmall { needed: usize, max_tokens: usize },
 
     #[error("the server runs {limit} turns already")]
     TooManyTurns { limit: usize },
@@ -162,7 +181,6 @@ impl Error {
         use Code::*;
         match self {
             Self::InvalidField(_) => Verdict::new(InvalidArgument, "INVALID_FIELD"),
-            Self::NotImplemented { .. } => Verdict::new(Unimplemented, "NOT_IMPLEMENTED"),
             Self::Store(error) => match error {
                 store::Error::Unavailable(_) => {
                     Verdict::new(Unavailable, "STORE_UNAVAILABLE").retry(RETRY_DELAY)
@@ -217,6 +235,17 @@ impl Error {
             Self::TurnNotFound { turn_id } => {
                 Verdict::new(NotFound, "TURN_NOT_FOUND").with("turn_id", turn_id)
             }
+            Self::SessionNotFound { session_id } => {
+                Verdict::new(NotFound, "SESSION_NOT_FOUND").with("session_id", session_id)
+            }
+            Self::SessionExists { session_id } => {
+                Verdict::new(AlreadyExists, "SESSION_EXISTS").with("session_id", session_id)
+            }
+            Self::TooManyRewinds { .. } => Verdict::new(ResourceExhausted, "TOO_MANY_REWINDS"),
+            Self::TooManyWatchers { .. } => {
+                Verdict::new(ResourceExhausted, "TOO_MANY_WATCHERS").retry(RETRY_DELAY)
+            }
+            Self::WatcherTooSlow { .. } => Verdict::new(ResourceExhausted, "WATCHER_TOO_SLOW"),
             Self::TurnStopped => Verdict::new(Aborted, "TURN_STOPPED"),
             Self::TurnAbandoned => Verdict::new(Unavailable, "TURN_ABANDONED").retry(RETRY_DELAY),
             Self::LineFull => {
@@ -234,6 +263,11 @@ impl Error {
             Self::TurnTooLong { .. } => Verdict::new(DeadlineExceeded, "TURN_TOO_LONG"),
             Self::AnswerTooLarge { .. } => Verdict::new(ResourceExhausted, "ANSWER_TOO_LARGE"),
             Self::HistoryTooLarge { .. } => Verdict::new(ResourceExhausted, "HISTORY_TOO_LARGE"),
+            Self::WindowTooSmall { needed, max_tokens } => {
+                Verdict::new(FailedPrecondition, "WINDOW_TOO_SMALL")
+                    .with("needed", needed)
+                    .with("max_tokens", max_tokens)
+            }
             Self::TooManyTurns { .. } => {
                 Verdict::new(ResourceExhausted, "TOO_MANY_TURNS").retry(RETRY_DELAY)
             }
@@ -262,7 +296,6 @@ impl Error {
     fn field(&self) -> Option<(&str, String)> {
         match self {
             Self::InvalidField(violation) => Some((&violation.field, violation.rule.clone())),
-            Self::NotImplemented { field } => Some((field, "is not implemented yet".to_owned())),
             Self::Model(error @ model::Error::UnknownModel(_)) => {
                 Some(("model", error.to_string()))
             }

@@ -123,6 +123,19 @@ impl Role {
             Self::Other(name) => name,
         }
     }
+
+    /// The role as a model knows it; `None` if no model does.
+    pub fn known(&self) -> Option<Role> {
+        match self {
+            Self::Other(name) => match name.as_str() {
+                "developer" | "system" => Some(Self::System),
+                "user" | "human" => Some(Self::User),
+                "assistant" | "ai" => Some(Self::Assistant),
+                _ => None,
+            },
+            known => Some(known.clone()),
+        }
+    }
 }
 
 /// What a message says.
@@ -162,7 +175,7 @@ pub enum Part {
 
 impl Part {
     /// The piece's text: of a text, or of JSON that is a bare string.
-    fn text(&self) -> Option<String> {
+    pub fn text(&self) -> Option<String> {
         match self {
             Self::Text(text) => Some(text.clone()),
             Self::Json(json) => string_lossy(json.as_str()),

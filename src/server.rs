@@ -6,10 +6,11 @@ use std::{
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
-use futures_util::future::join_all;
+use futures_util::future::{BoxFuture, join_all};
 use tokio::{
     net::{TcpListener, UnixListener, UnixStream},
     task::JoinSet,
@@ -18,16 +19,22 @@ use tokio::{
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{
+    body::Body,
     server::NamedService as _,
     service::Routes,
     transport::{Server, server::TcpIncoming},
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tower::util::MapResponseLayer;
+use tower::{layer::layer_fn, util::MapResponseLayer};
 
 use crate::{
-    config::Listen, error, pb::chat_memory_server::ChatMemoryServer, service::Service,
-    store::Store, telemetry, turn::Turns,
+    config::Listen,
+    error, metrics,
+    pb::chat_memory_server::ChatMemoryServer,
+    service::{Limits, Service},
+    store::Store,
+    telemetry,
+    turn::Turns,
 };
 
 /// The descriptors of our proto, for reflection.
@@ -115,8 +122,7 @@ pub struct Parts {
     pub listeners: Vec<Listener>,
     pub store: Arc<dyn Store>,
     pub turns: Turns,
-    /// Unary calls at once, at most.
-    pub requests_max: usize,
+    pub limits: Limits,
     /// Calls at once on one connection, at most.
     pub streams_max: u32,
     /// Silence after which a connection is probed.
@@ -130,11 +136,7 @@ pub struct Parts {
 ///
 /// The caller binds and the caller decides when to stop, so a test can do both.
 pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
-    let service = Service::new(
-        Arc::clone(&parts.store),
-        parts.turns.clone(),
-        parts.requests_max,
-    );
+    let service = Service::new(Arc::clone(&parts.store), parts.turns.clone(), parts.limits);
     let (reporter, health) = tonic_health::server::health_reporter();
     report(&reporter, &*parts.store).await;
     let memory = ChatMemoryServer::new(service.clone())
@@ -160,6 +162,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
     for listener in parts.listeners {
         let server = Server::builder()
             .layer(telemetry::call_log())
+            .layer(layer_fn(Measured))
             .layer(MapResponseLayer::new(error::complete))
             .max_concurrent_streams(parts.streams_max)
             .http2_keepalive_interval(Some(parts.keepalive))
@@ -207,6 +210,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
             .await;
     }
     stop_accepting.cancel();
+    service.end_watchers();
     let limit = Instant::now() + parts.drain_limit;
     let finished = async {
         parts.turns.finish().await;
@@ -225,11 +229,36 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
     Ok(())
 }
 
+/// Has the metrics measure each call.
+#[derive(Clone)]
+struct Measured<S>(S);
+
+impl<S> tower::Service<http::Request<Body>> for Measured<S>
+where
+    S: tower::Service<http::Request<Body>, Response = http::Response<Body>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = S::Error;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let path = request.uri().path().to_owned();
+        Box::pin(metrics::measure(path, self.0.call(request)))
+    }
+}
+
 /// The names that health knows: ours, and "" for the server as a whole.
 const SERVICES: [&str; 2] = ["", ChatMemoryServer::<Service>::NAME];
 
 async fn report(reporter: &HealthReporter, store: &dyn Store) {
     let reachable = *store.reachable().borrow();
+    metrics::store_is(reachable);
     let status = if reachable {
         ServingStatus::Serving
     } else {

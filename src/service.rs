@@ -1,19 +1,29 @@
 //! The gRPC methods: each parses, calls, renders. Decides nothing itself.
 
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use futures_util::{Stream, stream};
 use prost::Message as _;
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, timeout_at},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::{Instant, timeout, timeout_at},
 };
-use tokio_util::task::{TaskTracker, task_tracker::TaskTrackerToken};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 use ulid::Ulid;
 
 use crate::{
     error::Error,
+    history::{self, Asked, Wanted},
     langchain,
     message::{
         BATCH_BYTES_MAX, Draft, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, PAGE_MESSAGES_MAX, Role,
@@ -21,9 +31,13 @@ use crate::{
     },
     model::Prompt,
     pb,
+    sessions::Sessions,
     store::{self, Append, RequestKey, Store, turns::Stop},
+    tokens::Tokenizer,
     turn::{Ask, Call, Event, Follower, OnConflict, Turns},
-    wire::{self, Refusal},
+    watch::Watch,
+    window::Purpose,
+    wire::{self, MessagesRequest, WindowRequest, sessions},
 };
 
 /// The service `chatmemory.v1.ChatMemory`.
@@ -31,10 +45,23 @@ use crate::{
 pub struct Service {
     store: Arc<dyn Store>,
     turns: Turns,
+    sessions: Sessions,
     requests: Arc<Semaphore>,
     requests_max: usize,
+    watchers: Watchers,
     /// Has a token for each call that is under way, streams included.
     calls: TaskTracker,
+}
+
+/// How much is served at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Unary calls at once, at most.
+    pub requests_max: usize,
+    /// Watchers at once, at most.
+    pub watchers_max: usize,
+    /// How long a watcher's caller may take nothing although there is something.
+    pub watcher_patience: Duration,
 }
 
 /// Proof that a call was let in. While it lives, the call counts.
@@ -44,13 +71,25 @@ struct Entry {
 }
 
 impl Service {
-    /// Serves at most `requests_max` unary calls at once; `turns` has its own limit.
-    pub fn new(store: Arc<dyn Store>, turns: Turns, requests_max: usize) -> Self {
+    /// Serves within limits; `turns` has its own.
+    pub fn new(store: Arc<dyn Store>, turns: Turns, limits: Limits) -> Self {
+        let Limits {
+            requests_max,
+            watchers_max,
+            watcher_patience,
+        } = limits;
         Self {
+            sessions: Sessions::new(Arc::clone(&store), turns.clone()),
             store,
             turns,
             requests: Arc::new(Semaphore::new(requests_max)),
             requests_max,
+            watchers: Watchers {
+                permits: Arc::new(Semaphore::new(watchers_max)),
+                max: watchers_max,
+                patience: watcher_patience,
+                closing: CancellationToken::new(),
+            },
             calls: TaskTracker::new(),
         }
     }
@@ -59,6 +98,11 @@ impl Service {
     pub async fn idle(&self) {
         self.calls.close();
         self.calls.wait().await;
+    }
+
+    /// Sends all watchers away: they do not end by themselves.
+    pub fn end_watchers(&self) {
+        self.watchers.closing.cancel();
     }
 
     fn enter(&self) -> Result<Entry, Error> {
@@ -70,6 +114,24 @@ impl Service {
             _call: self.calls.token(),
             _permit: permit,
         })
+    }
+}
+
+impl Service {
+    async fn window(&self, request: WindowRequest) -> Result<pb::GetMessagesResponse, Error> {
+        let model = Some(request.model.as_str()).filter(|model| !model.is_empty());
+        let tokenizer = Tokenizer::of_model(model.unwrap_or(self.turns.default_model()));
+        let wanted = Wanted {
+            before: request.before,
+            bounds: request.bounds,
+            tokenizer: Some(tokenizer),
+            besides: Vec::new(),
+            purpose: Purpose::Reading,
+            bytes_max: wire::WINDOW_BYTES_MAX,
+            weigh: wire::weigh(request.include_raw),
+        };
+        let window = history::read(&*self.store, &request.session, wanted).await?;
+        Ok(wire::render_window(request.include_raw, window, tokenizer))
     }
 }
 
@@ -113,17 +175,20 @@ impl pb::chat_memory_server::ChatMemory for Service {
     ) -> Result<Response<pb::GetMessagesResponse>, Status> {
         let _entry = self.enter()?;
         let deadline = deadline(request.metadata());
-        let request = wire::parse_page_request(request.into_inner()).map_err(Error::from)?;
+        let request = wire::parse_messages_request(request.into_inner()).map_err(Error::from)?;
 
-        let page = within(
-            deadline,
-            false,
-            self.store.read(&request.session, request.read),
-        )
-        .await?;
-        let page = page.map_err(Error::from)?;
+        let response = match request {
+            MessagesRequest::Page(request) => {
+                let read = self.store.read(&request.session, request.read);
+                let page = within(deadline, false, read).await?.map_err(Error::from)?;
+                wire::render_page(&request, page)
+            }
+            MessagesRequest::Window(request) => {
+                within(deadline, false, self.window(request)).await??
+            }
+        };
 
-        Ok(Response::new(wire::render_page(&request, page)))
+        Ok(Response::new(response))
     }
 
     async fn clear(
@@ -187,62 +252,174 @@ impl pb::chat_memory_server::ChatMemory for Service {
 
     async fn watch(
         &self,
-        _request: Request<pb::WatchRequest>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
-        Err(Error::NotImplemented {
-            field: "watch".to_owned(),
-        }
-        .into())
+        request: Request<pb::WatchRequest>,
+    ) -> Result<Response<WatchStream>, Status> {
+        let deadline = deadline(request.metadata());
+        let (session, after, include_raw) =
+            sessions::parse_watch(request.into_inner()).map_err(Error::from)?;
+        let watcher = Watcher {
+            _permit: self.watchers.enter()?,
+            _call: self.calls.token(),
+            watch: Watch::new(Arc::clone(&self.store), session, after),
+            include_raw,
+            patience: self.watchers.patience,
+        };
+        let ended = self.watchers.closing.clone();
+        Ok(Response::new(Box::pin(watcher.stream(deadline, ended))))
     }
 
     async fn get_session(
         &self,
-        _request: Request<pb::GetSessionRequest>,
+        request: Request<pb::GetSessionRequest>,
     ) -> Result<Response<pb::GetSessionResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "get_session".to_owned(),
-        }
-        .into())
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let session = SessionId::parse(request.into_inner().session_id).map_err(Error::from)?;
+
+        let portrait = within(deadline, false, self.sessions.get(&session)).await??;
+
+        Ok(Response::new(pb::GetSessionResponse {
+            session: Some(sessions::render_portrait(&session, &portrait)),
+        }))
     }
 
     async fn update_session(
         &self,
-        _request: Request<pb::UpdateSessionRequest>,
+        request: Request<pb::UpdateSessionRequest>,
     ) -> Result<Response<pb::UpdateSessionResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "update_session".to_owned(),
-        }
-        .into())
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let (session, update) =
+            sessions::parse_update(request.into_inner()).map_err(Error::from)?;
+
+        let seen = within(deadline, true, self.sessions.update(&session, update)).await??;
+
+        Ok(Response::new(pb::UpdateSessionResponse {
+            session: Some(sessions::render_session(&session, &seen)),
+        }))
     }
 
     async fn list_sessions(
         &self,
-        _request: Request<pb::ListSessionsRequest>,
+        request: Request<pb::ListSessionsRequest>,
     ) -> Result<Response<pb::ListSessionsResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "list_sessions".to_owned(),
-        }
-        .into())
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let (list, scope) = sessions::parse_list(request.into_inner()).map_err(Error::from)?;
+
+        let page = within(deadline, false, self.sessions.list(list)).await??;
+
+        Ok(Response::new(sessions::render_list(&page, &scope)))
     }
 
     async fn rewind(
         &self,
-        _request: Request<pb::RewindRequest>,
+        request: Request<pb::RewindRequest>,
     ) -> Result<Response<pb::RewindResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "rewind".to_owned(),
-        }
-        .into())
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let call = RewindCall::parse(request.into_inner())?;
+
+        let rewound = self
+            .sessions
+            .rewind(&call.session, call.after, call.key, call.stops_turn);
+        let deleted_count = within(deadline, true, rewound).await??;
+
+        Ok(Response::new(pb::RewindResponse { deleted_count }))
     }
 
     async fn fork(
         &self,
-        _request: Request<pb::ForkRequest>,
+        request: Request<pb::ForkRequest>,
     ) -> Result<Response<pb::ForkResponse>, Status> {
-        Err(Error::NotImplemented {
-            field: "fork".to_owned(),
+        let _entry = self.enter()?;
+        let deadline = deadline(request.metadata());
+        let (session, fork) = sessions::parse_fork(request.into_inner()).map_err(Error::from)?;
+        let to = fork.to.clone();
+
+        let seen = within(deadline, true, self.sessions.fork(&session, fork)).await??;
+
+        Ok(Response::new(pb::ForkResponse {
+            session: Some(sessions::render_session(&to, &seen)),
+        }))
+    }
+}
+
+/// Who watches, and how many may.
+#[derive(Clone)]
+struct Watchers {
+    permits: Arc<Semaphore>,
+    max: usize,
+    patience: Duration,
+    /// Ends all of them.
+    closing: CancellationToken,
+}
+
+impl Watchers {
+    fn enter(&self) -> Result<OwnedSemaphorePermit, Error> {
+        if self.closing.is_cancelled() {
+            return Err(Error::ShuttingDown);
         }
-        .into())
+        let permit = self.permits.clone().try_acquire_owned();
+        permit.map_err(|_| Error::TooManyWatchers { limit: self.max })
+    }
+}
+
+/// A watcher and its caller.
+struct Watcher {
+    watch: Watch,
+    include_raw: bool,
+    /// How long the caller may take nothing although there is something.
+    patience: Duration,
+    _permit: OwnedSemaphorePermit,
+    _call: TaskTrackerToken,
+}
+
+impl Watcher {
+    /// What the caller is told. A task of its own finds out when the caller takes nothing: nobody
+    /// asks a stream for more then.
+    fn stream(
+        mut self,
+        deadline: Option<Instant>,
+        closing: CancellationToken,
+    ) -> impl Stream<Item = Result<pb::WatchResponse, Status>> + Send {
+        let (notices, taken) = mpsc::channel(1);
+        let ended = Arc::new(OnceLock::new());
+        let end = Arc::clone(&ended);
+        tokio::spawn(async move {
+            let error = tokio::select! {
+                () = closing.cancelled() => Error::ShuttingDown,
+                () = notices.closed() => return,
+                given = within(deadline, false, self.give(&notices)) => match given {
+                    Ok(Err(error)) | Err(error) => error,
+                },
+            };
+            // Read once the caller has taken what is in the channel.
+            let _ = end.set(error);
+        });
+        stream::unfold(Some((taken, ended)), |state| async move {
+            let (mut taken, ended) = state?;
+            if let Some(notice) = taken.recv().await {
+                return Some((Ok(notice), Some((taken, ended))));
+            }
+            let error = ended.get().cloned().unwrap_or(Error::Internal);
+            Some((Err(error.into()), None))
+        })
+    }
+
+    /// Gives notices until that cannot go on.
+    async fn give(
+        &mut self,
+        notices: &mpsc::Sender<pb::WatchResponse>,
+    ) -> Result<Infallible, Error> {
+        let limit = self.patience;
+        loop {
+            let notice = self.watch.next().await?;
+            let shown = sessions::render_notice(notice, self.include_raw);
+            let taken = timeout(limit, notices.send(shown)).await;
+            // That the caller is gone ends this from outside.
+            taken.map_err(|_| Error::WatcherTooSlow { limit })?.ok();
+        }
     }
 }
 
@@ -262,6 +439,29 @@ fn events(
             Ok(Some(Err(error))) | Err(error) => Some((Err(error.into()), None)),
         }
     })
+}
+
+/// A checked `RewindRequest`.
+struct RewindCall {
+    session: SessionId,
+    after: i64,
+    key: RequestKey,
+    stops_turn: bool,
+}
+
+impl RewindCall {
+    fn parse(mut request: pb::RewindRequest) -> Result<Self, Error> {
+        let request_id = std::mem::take(&mut request.request_id);
+        let body = request.encode_to_vec();
+        let (session, after, stops_turn) = sessions::parse_rewind(request)?;
+        let request_id = id_or_new("request_id", request_id)?;
+        Ok(Self {
+            session,
+            after,
+            key: RequestKey::new("rewind", &request_id, &body),
+            stops_turn,
+        })
+    }
 }
 
 /// A checked `AppendRequest`.
@@ -356,16 +556,12 @@ pub fn parse_ask(request: &[u8]) -> Result<Ask, Error> {
 }
 
 fn check_ask(request: pb::ChatRequest) -> Result<Ask, Error> {
-    let history_messages = match request.last_messages {
-        None => None,
-        Some(last) => match usize::try_from(last) {
-            Ok(last @ 1..=PAGE_MESSAGES_MAX) => Some(last),
-            _ => {
-                let rule = format!("must be 1 to {PAGE_MESSAGES_MAX}");
-                return Err(Violation::new("last_messages", rule).into());
-            }
-        },
-    };
+    let history = Asked::parse(
+        request.last_messages,
+        request.last_turns,
+        request.max_tokens,
+        PAGE_MESSAGES_MAX,
+    )?;
     if request.system_prompt.len() > MESSAGE_BYTES_MAX {
         let rule = format!("must be at most {MESSAGE_BYTES_MAX} bytes");
         return Err(Violation::new("system_prompt", rule).into());
@@ -388,23 +584,8 @@ fn check_ask(request: pb::ChatRequest) -> Result<Ask, Error> {
     Ok(Ask {
         drafts,
         prompt,
-        history_messages,
+        history,
     })
-}
-
-fn not_implemented(field: &str) -> Error {
-    Error::NotImplemented {
-        field: field.to_owned(),
-    }
-}
-
-impl From<Refusal> for Error {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Invalid(violation) => violation.into(),
-            Refusal::NotImplemented(field) => not_implemented(field),
-        }
-    }
 }
 
 fn render_event(number: i64, event: Event) -> pb::ChatResponse {
@@ -415,6 +596,8 @@ fn render_event(number: i64, event: Event) -> pb::ChatResponse {
             model: started.model,
             history_messages: i32::try_from(started.history_messages).unwrap_or(i32::MAX),
             attempt: i32::try_from(started.attempt).unwrap_or(i32::MAX),
+            history_tokens: i64::try_from(started.history_tokens).unwrap_or(i64::MAX),
+            tokenizer: started.tokenizer.into_owned(),
         }),
         Event::Delta(delta) => Shown::Delta(pb::Delta {
             text: delta.text,
@@ -484,8 +667,8 @@ async fn until<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> R
 async fn within<T>(
     deadline: Option<Instant>,
     writes: bool,
-    work: impl Future<Output = store::Result<T>>,
-) -> Result<store::Result<T>, Error> {
+    work: impl Future<Output = T>,
+) -> Result<T, Error> {
     let Some(deadline) = deadline else {
         return Ok(work.await);
     };

@@ -3,6 +3,7 @@
 
 use std::{
     io::{self, Write as _},
+    net::SocketAddr,
     process::ExitCode,
     sync::Arc,
     time::Duration,
@@ -13,10 +14,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{Config, Listen, ModelConfig, Problems, Serve, StoreConfig, VERSION},
+    metrics::{self, Metrics},
     model::{Model, echo::Echo, provider::Provider, retry::Retry},
     server::{self, Listener, Parts},
-    service,
-    store::{Store, redis::Redis, sqlite::Sqlite},
+    service::{self, Limits},
+    store::{
+        Store,
+        redis::{self, Redis},
+        sqlite::{self, Sqlite},
+    },
     telemetry::{self, LogFormat},
     turn::{self, Turns},
 };
@@ -26,6 +32,9 @@ pub const EXIT_USAGE: u8 = 2;
 
 /// How long what is left on the runtime gets once the server has drained.
 const RUNTIME_LIMIT: Duration = Duration::from_millis(200);
+/// How long a watcher's caller may take nothing although there is something. Longer than a client
+/// that works stalls, and short enough that the dead ones do not pile up.
+const WATCHER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why a server did not start or did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -113,8 +122,14 @@ async fn run_until_signal(config: &Config) -> Result<(), Failure> {
     let shutdown = shutdown_on_signal()?;
     let model = make_model(&config.model).map_err(Failure::Settings)?;
     let listeners = bind(config).await.map_err(Failure::Settings)?;
+    // Before all that counts.
+    let metrics = start_metrics(config).await.map_err(Failure::Settings)?;
     let store = open_store(config)?;
-    announce(config, &listeners, &*store, &*model)?;
+    let metrics_at = metrics.as_ref().map(Metrics::address).transpose()?;
+    announce(config, &listeners, metrics_at, &*store, &*model)?;
+    if let Some(metrics) = metrics {
+        tokio::spawn(metrics.serve());
+    }
 
     let turns = Turns::new(
         Arc::clone(&store),
@@ -127,13 +142,18 @@ async fn run_until_signal(config: &Config) -> Result<(), Failure> {
             lease: config.lease,
             retention: config.turn_retention,
             adopts: config.adopt_turns,
+            ..turn::Settings::default()
         },
     );
     let parts = Parts {
         listeners,
         store,
         turns,
-        requests_max: config.requests_max,
+        limits: Limits {
+            requests_max: config.requests_max,
+            watchers_max: config.watchers_max,
+            watcher_patience: WATCHER_PATIENCE,
+        },
         streams_max: config.streams_max,
         keepalive: config.keepalive,
         drain_limit: config.drain_limit,
@@ -181,15 +201,37 @@ async fn bind(config: &Config) -> Result<Vec<Listener>, Problems> {
     }
 }
 
+/// Listens for who asks for metrics, if that is wanted.
+async fn start_metrics(config: &Config) -> Result<Option<Metrics>, Problems> {
+    let Some(address) = config.metrics_listen else {
+        return Ok(None);
+    };
+    let store = match config.store {
+        StoreConfig::Embedded { .. } => "sqlite",
+        StoreConfig::Redis(_) => "redis",
+    };
+    let started = Metrics::start(address, VERSION, store).await;
+    let failed = |error| Problems(vec![format!("--metrics-listen: {address}: {error}")]);
+    started.map(Some).map_err(failed)
+}
+
 fn open_store(config: &Config) -> Result<Arc<dyn Store>, Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::Store(error.to_string());
     match &config.store {
         StoreConfig::Embedded { path } => {
-            let store = Sqlite::open(path, &config.key_prefix);
+            let options = sqlite::Options {
+                upkeep: config.upkeep,
+                ..sqlite::Options::default()
+            };
+            let store = Sqlite::open_with(path, &config.key_prefix, options);
             Ok(Arc::new(store.map_err(|error| failed(&error))?))
         }
         StoreConfig::Redis(settings) => {
-            let store = Redis::connect(settings.clone());
+            let settings = redis::Settings {
+                upkeep: config.upkeep,
+                ..settings.clone()
+            };
+            let store = Redis::connect(settings);
             Ok(Arc::new(store.map_err(|error| failed(&error))?))
         }
     }
@@ -213,6 +255,7 @@ fn make_model(config: &ModelConfig) -> Result<Arc<dyn Model>, Problems> {
 fn announce(
     config: &Config,
     listeners: &[Listener],
+    metrics_at: Option<SocketAddr>,
     store: &dyn Store,
     model: &dyn Model,
 ) -> io::Result<()> {
@@ -221,16 +264,27 @@ fn announce(
         addresses.push(listener.address()?);
     }
     let (store, model) = (store.describe(), model.describe());
+    let metrics = metrics_at.map(|address| format!("http://{address}{}", metrics::PATH));
     if config.log_format == LogFormat::Json {
         let listening: Vec<String> = addresses.iter().map(Listen::to_string).collect();
         let listening = listening.join(",");
-        tracing::info!(version = VERSION, listening, store, model, "started");
+        tracing::info!(
+            version = VERSION,
+            listening,
+            metrics,
+            store,
+            model,
+            "started"
+        );
         return Ok(());
     }
     let mut out = io::stdout().lock();
     writeln!(out, "chat-memory {VERSION}")?;
     for address in &addresses {
         writeln!(out, "  listening on {address}")?;
+    }
+    if let Some(metrics) = metrics {
+        writeln!(out, "  metrics: {metrics}")?;
     }
     writeln!(out, "  store: {store}")?;
     writeln!(out, "  model: {model}")?;

@@ -8,11 +8,13 @@ use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 use tonic::{
     Status,
-    codec::{DecodeBuf, Decoder},
+    codec::{BufferSettings, DecodeBuf, Decoder},
 };
 
 use crate::{
-    error, langchain,
+    error,
+    history::{self, Asked, History},
+    langchain,
     message::{
         BATCH_MESSAGES_MAX, Content, Draft, Json, MESSAGE_BYTES_MAX, Message, NAME_BYTES_MAX,
         PAGE_BYTES_MAX, PAGE_MESSAGES_DEFAULT, PAGE_MESSAGES_MAX, Part, Role, SessionId, ToolCall,
@@ -20,7 +22,10 @@ use crate::{
     },
     model, pb,
     store::{Body, Element, Order, Page, Read, Sequence},
+    tokens::{PRIMING, Tokenizer},
 };
+
+pub mod sessions;
 
 type Checked<T> = Result<T, Violation>;
 
@@ -222,6 +227,10 @@ pub fn render_element(element: Element, include_raw: bool) -> pb::Message {
 
 /// Bytes that a message in a list takes besides its own, at most: tag, length, and the page token.
 const ENTRY_OVERHEAD: usize = 256;
+/// Bytes of its tag and its length, at most.
+const MESSAGE_OVERHEAD: usize = 20;
+/// Bytes that the messages of a window may take.
+pub const WINDOW_BYTES_MAX: usize = PAGE_BYTES_MAX - ENTRY_OVERHEAD;
 
 fn too_large(sequence: Sequence, size: usize) -> pb::Message {
     pb::Message {
@@ -459,67 +468,113 @@ struct Scope {
     last: Option<usize>,
 }
 
-/// A refusal of a page request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
-    Invalid(Violation),
-    NotImplemented(&'static str),
+/// A checked `GetMessagesRequest` that asks for a window.
+#[derive(Debug, Clone)]
+pub struct WindowRequest {
+    pub session: SessionId,
+    pub before: Option<Sequence>,
+    pub bounds: Asked,
+    /// The model whose tokens count; empty for the default.
+    pub model: String,
+    pub include_raw: bool,
 }
 
-impl From<Violation> for Refusal {
-    fn from(violation: Violation) -> Self {
-        Self::Invalid(violation)
-    }
+/// What a `GetMessagesRequest` asks for.
+#[derive(Debug, Clone)]
+pub enum MessagesRequest {
+    Page(PageRequest),
+    Window(WindowRequest),
 }
 
 /// Takes a `GetMessagesRequest`.
-pub fn parse_page_request(request: pb::GetMessagesRequest) -> Result<PageRequest, Refusal> {
+pub fn parse_messages_request(request: pb::GetMessagesRequest) -> Checked<MessagesRequest> {
+    if request.last_turns.is_some() || request.max_tokens.is_some() {
+        return parse_window_request(request).map(MessagesRequest::Window);
+    }
+    if !request.model.is_empty() {
+        let rule = "is for windows only: with last_turns or max_tokens";
+        return Err(Violation::new("model", rule));
+    }
+    parse_page_request(request).map(MessagesRequest::Page)
+}
+
+fn parse_window_request(request: pb::GetMessagesRequest) -> Checked<WindowRequest> {
     let session = SessionId::parse(request.session_id)?;
-    if request.last_turns.is_some() {
-        return Err(Refusal::NotImplemented("last_turns"));
-    }
-    if request.max_tokens.is_some() {
-        return Err(Refusal::NotImplemented("max_tokens"));
-    }
-    let order = match pb::Order::try_from(request.order) {
-        Ok(pb::Order::Unspecified | pb::Order::OldestFirst) => Order::OldestFirst,
-        Ok(pb::Order::NewestFirst) => Order::NewestFirst,
-        Err(_) => {
-            let rule = format!("{} is not an order", request.order);
-            return Err(Violation::new("order", rule).into());
+    let not_for_windows = [
+        ("page_size", request.page_size != 0),
+        ("page_token", !request.page_token.is_empty()),
+        ("order", request.order == i32::from(pb::Order::NewestFirst)),
+        ("after_sequence", request.after_sequence.is_some()),
+    ];
+    for (field, is_set) in not_for_windows {
+        if is_set {
+            let rule = "is not for windows: without last_turns and max_tokens only";
+            return Err(Violation::new(field, rule));
         }
-    };
+    }
+    parse_order(request.order)?;
+    check_name("model", &request.model, NAME_BYTES_MAX)?;
+    Ok(WindowRequest {
+        session,
+        before: parse_before(request.before_sequence)?,
+        bounds: Asked::parse(
+            request.last_messages,
+            request.last_turns,
+            request.max_tokens,
+            history::MESSAGES_MAX,
+        )?,
+        model: request.model,
+        include_raw: request.include_raw,
+    })
+}
+
+fn parse_order(order: i32) -> Checked<Order> {
+    match pb::Order::try_from(order) {
+        Ok(pb::Order::Unspecified | pb::Order::OldestFirst) => Ok(Order::OldestFirst),
+        Ok(pb::Order::NewestFirst) => Ok(Order::NewestFirst),
+        Err(_) => Err(Violation::new("order", format!("{order} is not an order"))),
+    }
+}
+
+fn parse_before(before: Option<i64>) -> Checked<Option<Sequence>> {
+    if before.is_some_and(|before| before < 1) {
+        return Err(Violation::new("before_sequence", "must be 1 or more"));
+    }
+    Ok(before)
+}
+
+fn parse_page_request(request: pb::GetMessagesRequest) -> Checked<PageRequest> {
+    let session = SessionId::parse(request.session_id)?;
+    let order = parse_order(request.order)?;
     let last = match request.last_messages {
         None => None,
         Some(last) => Some(at_least_one("last_messages", last)?),
     };
     let after = request.after_sequence.unwrap_or(0);
     if after < 0 {
-        return Err(Violation::new("after_sequence", "must be 0 or more").into());
+        return Err(Violation::new("after_sequence", "must be 0 or more"));
     }
-    if request.before_sequence.is_some_and(|before| before < 1) {
-        return Err(Violation::new("before_sequence", "must be 1 or more").into());
-    }
+    let before = parse_before(request.before_sequence)?;
     let limit = match request.page_size {
         0 => last.map_or(PAGE_MESSAGES_DEFAULT, |last| last.min(PAGE_MESSAGES_MAX)),
         size => at_least_one("page_size", size)?,
     };
     if limit > PAGE_MESSAGES_MAX {
         let rule = format!("must be at most {PAGE_MESSAGES_MAX}, is {limit}");
-        return Err(Violation::new("page_size", rule).into());
+        return Err(Violation::new("page_size", rule));
     }
 
     let scope = Scope {
         session: session.clone(),
         order,
         after,
-        before: request.before_sequence,
+        before,
         last,
     };
     let mut read = Read {
         order,
         after,
-        before: request.before_sequence,
+        before,
         last,
         limit,
         bytes_max: PAGE_BYTES_MAX,
@@ -551,7 +606,7 @@ pub fn render_page(request: &PageRequest, page: Page) -> pb::GetMessagesResponse
     let mut more = page.more;
     for element in page.elements {
         let message = render_element(element, request.include_raw);
-        size += message.encoded_len() + 2 * prost::encoding::encoded_len_varint(u64::MAX);
+        size += message.encoded_len() + MESSAGE_OVERHEAD;
         if size > PAGE_BYTES_MAX && !messages.is_empty() {
             more = true;
             break;
@@ -575,6 +630,42 @@ pub fn render_page(request: &PageRequest, page: Page) -> pb::GetMessagesResponse
     pb::GetMessagesResponse {
         messages,
         next_page_token,
+        ..Default::default()
+    }
+}
+
+/// How to weigh the messages of a window: what they take in a response. `None` for one that does
+/// not fit into it in full.
+pub fn weigh(include_raw: bool) -> fn(&Element, &Message) -> Option<usize> {
+    fn of(message: pb::Message) -> Option<usize> {
+        let is_whole = message.problem() == pb::Problem::Unspecified;
+        is_whole.then(|| message.encoded_len() + MESSAGE_OVERHEAD)
+    }
+    match include_raw {
+        true => |element, _| of(render_element(element.clone(), true)),
+        false => |element, message| of(render_message(element.sequence, message)),
+    }
+}
+
+/// Shows a window.
+pub fn render_window(
+    include_raw: bool,
+    window: History,
+    tokenizer: Tokenizer,
+) -> pb::GetMessagesResponse {
+    let is_empty = window.entries.is_empty();
+    let elements = window.entries.into_iter().map(|entry| entry.source);
+    pb::GetMessagesResponse {
+        messages: elements
+            .map(|element| render_element(element, include_raw))
+            .collect(),
+        token_count: if is_empty {
+            0
+        } else {
+            (PRIMING + window.tokens) as i64
+        },
+        tokenizer: tokenizer.name().to_owned(),
+        ..Default::default()
     }
 }
 
@@ -723,6 +814,15 @@ pub fn render_finish_reason(reason: model::FinishReason) -> pb::FinishReason {
 // ---------------------------------------------------------------------------------------------
 // The codec
 
+/// Bytes that a call's buffer for answers begins with. A stream keeps its buffer as long as it
+/// lives, and what it sends is small: tonic's default of 8 KiB would be a seventh of what a running
+/// turn takes.
+const ENCODE_BYTES: usize = 512;
+/// And its buffer for requests: most are small.
+const DECODE_BYTES: usize = 1024;
+/// Bytes that are gathered before they are sent: tonic's default.
+const YIELD_BYTES: usize = 32 << 10;
+
 /// prost's codec, but a request that cannot be decoded is the client's fault and not ours:
 /// INVALID_ARGUMENT, where tonic's own says INTERNAL.
 #[derive(Debug)]
@@ -745,7 +845,7 @@ where
     type Decoder = CheckedDecoder<In>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        tonic_prost::ProstEncoder::new(Default::default())
+        tonic_prost::ProstEncoder::new(BufferSettings::new(ENCODE_BYTES, YIELD_BYTES))
     }
 
     fn decoder(&mut self) -> Self::Decoder {
@@ -760,6 +860,10 @@ pub struct CheckedDecoder<In>(std::marker::PhantomData<In>);
 impl<In: prost::Message + Default> Decoder for CheckedDecoder<In> {
     type Item = In;
     type Error = Status;
+
+    fn buffer_settings(&self) -> BufferSettings {
+        BufferSettings::new(DECODE_BYTES, YIELD_BYTES)
+    }
 
     fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<In>, Status> {
         match In::decode(buffer) {

@@ -12,9 +12,10 @@ use chat_memory::{
 };
 use harness::{
     provider::{Gate, Outcome, Provider, Script},
+    redis::{self, Redis},
     server::{
         Options, TestServer, Told, append, chat, clear, contents, get, message, reason, server,
-        server_with, tell, tell_rest, user,
+        server_on, server_with, tell, tell_rest, user,
     },
     wait,
 };
@@ -127,9 +128,10 @@ async fn the_model_is_given_system_prompt_history_and_the_new_messages_in_order(
     client.append(append("s", history)).await.unwrap();
     let mut request = chat("s", "and now?");
     request.system_prompt = "be kind".to_owned();
+    // The third is an answer: a history begins with a question.
     request.last_messages = Some(3);
     let told = tell(&mut client, request).await;
-    assert_eq!(told.started.unwrap().history_messages, 3);
+    assert_eq!(told.started.unwrap().history_messages, 2);
 
     let body = &provider.requests()[0].body;
     assert_eq!(body["model"], "test-model");
@@ -141,7 +143,6 @@ async fn the_model_is_given_system_prompt_history_and_the_new_messages_in_order(
         .collect();
     let expected = [
         ("system", "be kind"),
-        ("assistant", "answer 2"),
         ("user", "question 3"),
         ("assistant", "answer 3"),
         ("user", "and now?"),
@@ -665,4 +666,66 @@ async fn echo_answers_without_a_model_and_knows_no_other() {
     let told = tell(&mut client, request).await;
     assert_eq!(told.reason(), "UNKNOWN_MODEL");
     assert_eq!(contents(&mut client, "s").await.len(), 2);
+}
+
+#[tokio::test]
+async fn answers_that_are_kept_for_a_store_that_is_away_have_a_limit_together() {
+    let mut redis = Redis::start_with(redis::Options {
+        durable: true,
+        ..Default::default()
+    })
+    .await;
+    let settings = chat_memory::store::redis::Settings {
+        timeout_ms: 500,
+        ..chat_memory::store::redis::Settings::new(redis.url())
+    };
+    let store = chat_memory::store::redis::Redis::connect(settings).unwrap();
+    store.ready(wait::LIMIT).await.unwrap();
+    let provider = Provider::start().await;
+    let options = Options {
+        model: model(&provider),
+        lease: Duration::from_secs(1),
+        kept_bytes_max: 2_000,
+        ..Options::default()
+    };
+    let server = server_on(Arc::new(store), tempfile::tempdir().unwrap(), options).await;
+    let mut client = server.client().await;
+
+    let gate = Gate::new();
+    let long = "long ".repeat(1_000);
+    let mut streams = Vec::new();
+    for (count, (session, answer)) in [("a", "short"), ("b", &long)].into_iter().enumerate() {
+        let script = Script::begin().wait(&gate).say(answer);
+        provider.answer(script.finish("stop").done());
+        let call = client.chat(named(session, "t", "hi")).await.unwrap();
+        streams.push(call.into_inner());
+        provider.wait_for_requests(count + 1).await;
+    }
+    redis.stop().await;
+    gate.open();
+    for stream in streams {
+        let told = tell_rest(stream, Told::default()).await;
+        assert_eq!(told.reason(), "STORE_UNAVAILABLE");
+    }
+    wait::until("only the short one is kept", async || {
+        (server.turns.running() == 1).then_some(())
+    })
+    .await;
+
+    provider.always(Script::text(["again"]));
+    redis.restart().await;
+    for (session, answer) in [("a", "short"), ("b", "again")] {
+        let told = wait::until("the turn completes", || {
+            let mut client = client.clone();
+            async move {
+                let told = tell(&mut client, named(session, "t", "hi")).await;
+                told.completed.is_some().then_some(told)
+            }
+        })
+        .await;
+        let messages = told.completed.unwrap().messages;
+        assert_eq!(messages[1].content, answer, "{session}");
+        assert_eq!(contents(&mut client, session).await, ["hi", answer]);
+    }
+    assert_eq!(provider.request_count(), 3);
 }

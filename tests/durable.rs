@@ -3,13 +3,13 @@
 
 mod harness;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chat_memory::pb;
 use harness::{
     program::Program,
-    provider::{Gate, Provider, Script},
-    proxy::{Mode, Proxy},
+    provider::{Gate, Outcome, Provider, Script},
+    proxy::{Half, Mode, Proxy},
     redis::{self, Redis},
     server::{
         Client, Told, append, chat, clear, client, contents, get, message, reason, tcp_channel,
@@ -43,16 +43,22 @@ impl World {
     }
 
     fn server_at(&self, redis_url: &str) -> Program {
-        Program::start(&[
+        self.server_with(redis_url, &[])
+    }
+
+    fn server_with(&self, redis_url: &str, flags: &[&str]) -> Program {
+        let url = self.provider.url();
+        let common = [
             "--listen=127.0.0.1:0",
             "--redis",
             redis_url,
             "--model=test-model",
             "--model-url",
-            &self.provider.url(),
+            &url,
             "--lease-seconds=1",
             "--redis-timeout-ms=500",
-        ])
+        ];
+        Program::start(&[&common, flags].concat())
     }
 
     /// What the history holds, as the bytes in Redis say.
@@ -272,20 +278,89 @@ async fn a_turn_of_a_killed_server_is_run_anew_for_who_follows_it_elsewhere() {
 }
 
 #[tokio::test]
+async fn a_server_that_does_not_look_for_orphans_runs_them_for_who_asks() {
+    let world = World::start().await;
+    world.provider.answer(Script::begin().say("lost").hang());
+    world.provider.answer(Script::text(["found"]));
+    let url = world.redis.url();
+    let first = world.server();
+    let second = world.server_with(&url, &["--adopt-turns=false"]);
+    let mut here = ready(&first).await;
+    let mut there = ready(&second).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    first.crash();
+    let told = tell(&mut there, turn("s", "t", "hi")).await;
+    assert_eq!(told.reason(), "");
+    assert_eq!(told.started.as_ref().unwrap().attempt, 2);
+    assert_eq!(world.texts("s").await, ["hi", "found"]);
+    assert_eq!(world.provider.request_count(), 2);
+}
+
+#[tokio::test]
 async fn a_turn_of_a_killed_server_gets_its_answer_although_nobody_asks() {
     let world = World::start().await;
     world.provider.answer(Script::begin().say("lost").hang());
     world.provider.answer(Script::text(["found"]));
     let (first, second) = (world.server(), world.server());
     let mut here = ready(&first).await;
-    ready(&second).await;
+    let mut there = ready(&second).await;
     let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
-    take_deltas(&mut stream, 1).await;
+    let begun = take_deltas(&mut stream, 1).await;
+    assert!(world.stored("s").await.is_empty());
     first.crash();
+    // Its limit is the 30 seconds that a turn may be an orphan.
     wait::until("the turn is adopted", || async {
         (world.texts("s").await == ["hi", "found"]).then_some(())
     })
     .await;
+    let told = tell(&mut there, follow("s", "t", *begun.numbers.last().unwrap())).await;
+    assert_eq!(
+        (told.text().as_str(), told.reason().as_str()),
+        ("found", "")
+    );
+    assert_eq!(told.started.as_ref().unwrap().attempt, 2);
+    assert_eq!(told.numbers.len(), 3);
+    assert!(told.numbers[0] > *begun.numbers.last().unwrap());
+    assert_eq!(world.texts("s").await, ["hi", "found"]);
+    assert_eq!(world.provider.request_count(), 2);
+}
+
+#[tokio::test]
+async fn a_turn_is_not_taken_from_a_server_that_lives_however_long_it_is_silent() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world.provider.answer(
+        Script::begin()
+            .say("slow")
+            .wait(&gate)
+            .finish("stop")
+            .done(),
+    );
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let mut stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    // An orphan that is younger is adopted first: by then the other server has looked at both.
+    world.provider.answer(Script::begin().say("lost").hang());
+    world.provider.answer(Script::text(["found"]));
+    let third = world.server();
+    let mut dying = ready(&third).await;
+    let mut other = dying.chat(turn("u", "t", "hi")).await.unwrap().into_inner();
+    take_deltas(&mut other, 1).await;
+    third.crash();
+    wait::until("the orphan is adopted", || async {
+        (world.texts("u").await == ["hi", "found"]).then_some(())
+    })
+    .await;
+    gate.open();
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.reason(), "");
+    assert_eq!(world.texts("s").await, ["hi", "slow"]);
+    let told = tell(&mut there, follow("s", "t", 0)).await;
+    assert_eq!(told.started.as_ref().unwrap().attempt, 1);
+    assert_eq!(world.provider.request_count(), 3);
 }
 
 #[tokio::test]
@@ -624,6 +699,478 @@ async fn appends_of_others_during_a_turn_stand_before_it() {
     let told = tell_rest(stream, Told::default()).await;
     assert_eq!(told.completed.unwrap().messages[0].sequence, 2);
     assert_eq!(contents(&mut client, "s").await, ["meanwhile", "hi", "a"]);
+}
+
+/// A script that says "kept" and goes on when the gate is open.
+fn held_by(gate: &Gate) -> Script {
+    let script = Script::begin().say("kept").wait(gate);
+    script.finish("stop").done()
+}
+
+/// Asks for a turn until it is delivered whole.
+async fn deliver(client: &Client, request: pb::ChatRequest) -> Told {
+    wait::until("the turn is delivered", || {
+        let (mut client, request) = (client.clone(), request.clone());
+        async move {
+            let told = tell(&mut client, request).await;
+            told.completed.is_some().then_some(told)
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_turn_is_stored_once_over_connections_that_delay_or_are_half_closed() {
+    #[derive(Debug, Clone, Copy)]
+    enum Fault {
+        Delay(u64),
+        HalfClose(Half),
+    }
+    let world = World::start().await;
+    let proxy = Proxy::start(world.redis.address()).await;
+    let server = world.server_at(&proxy.redis_url());
+    let mut client = ready(&server).await;
+    let faults = [
+        Fault::Delay(50),
+        // Longer than the server waits for Redis: nothing is known of any write.
+        Fault::Delay(600),
+        Fault::HalfClose(Half::Requests),
+        Fault::HalfClose(Half::Replies),
+    ];
+    for (index, fault) in faults.into_iter().enumerate() {
+        let session = format!("s{index}");
+        let gate = Gate::new();
+        world.provider.answer(held_by(&gate));
+        let request = turn(&session, "t", "hi");
+        let mut stream = client.chat(request.clone()).await.unwrap().into_inner();
+        take_deltas(&mut stream, 1).await;
+        let accepted = proxy.accepted();
+        match fault {
+            Fault::Delay(ms) => proxy.set(Mode::Delay(Duration::from_millis(ms))),
+            Fault::HalfClose(half) => proxy.half_close(half),
+        }
+        gate.open();
+        let told = tell_rest(stream, Told::default()).await;
+        if told.completed.is_some() {
+            // Not through the proxy: it is there by now.
+            assert_eq!(world.texts(&session).await, ["hi", "kept"], "{fault:?}");
+        } else {
+            let error = told.error.expect("an end");
+            assert_eq!(error.code(), Code::Unavailable, "{fault:?}: {error}");
+        }
+        proxy.set(Mode::Forward);
+        if let Fault::HalfClose(_) = fault {
+            assert!(proxy.accepted() > accepted, "{fault:?}: nothing happened");
+        }
+        let told = deliver(&client, request).await;
+        assert_eq!(told.text(), "kept", "{fault:?}");
+        assert_eq!(world.texts(&session).await, ["hi", "kept"], "{fault:?}");
+        assert_eq!(world.provider.request_count(), index + 1, "{fault:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_is_stored_once_although_the_store_is_lost_again_while_it_is_kept() {
+    let mut world = World::start().await;
+    let proxy = Proxy::start(world.redis.address()).await;
+    let gate = Gate::new();
+    world.provider.answer(Script::text(["earlier"]));
+    world.provider.answer(held_by(&gate));
+    let server = world.server_at(&proxy.redis_url());
+    let mut client = ready(&server).await;
+    // Redis has the script that ends turns from then on: no write is lost for want of it.
+    tell(&mut client, chat("other", "hi")).await;
+    let request = turn("s", "t", "hi");
+    let mut stream = client.chat(request.clone()).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    proxy.set(Mode::Refuse);
+    proxy.cut();
+    gate.open();
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.error.unwrap().code(), Code::Unavailable);
+    assert!(world.stored("s").await.is_empty());
+
+    // It comes back, takes the answer, and is gone before it can say so. Then it is asked again.
+    for _ in 0..3 {
+        proxy.lose_reply_to(b"\"kept\"");
+        let lost = proxy.lost();
+        proxy.set(Mode::Forward);
+        wait::until("a write is not answered", || async {
+            (proxy.lost() > lost).then_some(())
+        })
+        .await;
+        proxy.set(Mode::Refuse);
+        proxy.cut();
+        assert_eq!(world.texts("s").await, ["hi", "kept"]);
+        world.redis.stop().await;
+        world.redis.restart().await;
+    }
+    proxy.set(Mode::Forward);
+    let told = deliver(&client, request).await;
+    assert_eq!(told.text(), "kept");
+    assert_eq!(world.texts("s").await, ["hi", "kept"]);
+    assert_eq!(world.provider.request_count(), 2);
+}
+
+#[tokio::test]
+async fn an_answer_is_kept_for_a_full_redis_and_stored_when_there_is_room() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world.provider.answer(held_by(&gate));
+    let server = world.server();
+    let mut client = ready(&server).await;
+    let request = turn("s", "t", "hi");
+    let mut stream = client.chat(request.clone()).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    let memory = async |bytes: &str| {
+        let words = ["CONFIG", "SET", "maxmemory", bytes];
+        world.redis.command::<()>(&words).await;
+    };
+    memory("1").await;
+    gate.open();
+    let told = tell_rest(stream, Told::default()).await;
+    assert!(told.completed.is_none());
+    let error = told.error.unwrap();
+    assert_eq!(
+        (error.code(), reason(&error).as_str()),
+        (Code::ResourceExhausted, "STORE_FULL")
+    );
+    let told = tell(&mut client, request.clone()).await;
+    assert_eq!(told.reason(), "STORE_FULL");
+    assert!(world.stored("s").await.is_empty());
+    memory("0").await;
+    let told = deliver(&client, request).await;
+    assert_eq!(told.text(), "kept");
+    assert_eq!(world.texts("s").await, ["hi", "kept"]);
+    assert_eq!(world.provider.request_count(), 1);
+}
+
+#[tokio::test]
+async fn a_turn_that_stops_without_followers_counts_those_at_other_servers() {
+    let world = World::start().await;
+    // Says something every 100 ms for ever, as far as this test goes.
+    let mut script = Script::begin();
+    for _ in 0..300 {
+        script = script.say("x").pause(Duration::from_millis(100));
+    }
+    world.provider.answer(script.hang());
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let mut request = turn("s", "t", "hi");
+    request.on_disconnect = pb::OnDisconnect::Stop.into();
+    let mut stream = here.chat(request).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    let mut follower = there.chat(follow("s", "t", 0)).await.unwrap().into_inner();
+    take_deltas(&mut follower, 1).await;
+    drop(stream);
+    // Six seconds: longer than the grace, and than a follower counts after it was noted.
+    take_deltas(&mut follower, 60).await;
+    assert!(world.stored("s").await.is_empty());
+    drop(follower);
+    wait::until("the turn is stopped", || async {
+        (world.stored("s").await.len() == 2).then_some(())
+    })
+    .await;
+    let answer = &world.stored("s").await[1]["data"];
+    assert_eq!(
+        answer["additional_kwargs"]["chat_memory"]["interrupted"],
+        true
+    );
+    assert!(answer["content"].as_str().unwrap().len() >= 60);
+    assert_eq!(
+        world.provider.wait_for_outcome(0).await,
+        Outcome::ClientLeft
+    );
+}
+
+#[tokio::test]
+async fn a_stop_takes_effect_soon_at_whichever_server_it_is_asked_for() {
+    let world = World::start().await;
+    world.provider.always(Script::begin().say("so far").hang());
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    for (index, is_elsewhere) in [true, false, true, false].into_iter().enumerate() {
+        let id = format!("t{index}");
+        let mut stream = here.chat(turn("s", &id, "hi")).await.unwrap().into_inner();
+        take_deltas(&mut stream, 1).await;
+        // By then it is in the log, and the holder has no reason of its own to look at the store.
+        let mut follower = there.chat(follow("s", &id, 0)).await.unwrap().into_inner();
+        take_deltas(&mut follower, 1).await;
+        let asked = Instant::now();
+        let stopper = if is_elsewhere { &mut there } else { &mut here };
+        let stopped = stopper.stop_chat(stop("s", "")).await.unwrap().into_inner();
+        let told = tell_rest(stream, Told::default()).await;
+        let took = asked.elapsed();
+        assert_eq!(stopped.turn_id, id);
+        assert_eq!(told.completed.unwrap().messages, stopped.messages);
+        // The promise is a second; the limit leaves room for a slow machine.
+        println!("stopped after {took:?}, elsewhere: {is_elsewhere}");
+        assert!(took < Duration::from_secs(3), "{took:?}");
+        assert_eq!(
+            world.provider.wait_for_outcome(index).await,
+            Outcome::ClientLeft
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_vanishes_without_a_word_finds_its_turn_where_it_left_it() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world.provider.answer(held_by(&gate));
+    let server = world.server();
+    let mut direct = ready(&server).await;
+    let proxy = Proxy::start(server.addresses[0].clone()).await;
+    let mut vanishing = client(tcp_channel(&proxy.address().to_string()).await);
+    let request = turn("s", "t", "hi");
+    let mut stream = vanishing.chat(request.clone()).await.unwrap().into_inner();
+    let begun = take_deltas(&mut stream, 1).await;
+    // No end of a connection is seen on either side, and no byte any more.
+    proxy.set(Mode::Silent);
+    gate.open();
+    wait::until("the turn is stored", || async {
+        (world.texts("s").await == ["hi", "kept"]).then_some(())
+    })
+    .await;
+    let last_seen = *begun.numbers.last().unwrap();
+    let resumed = pb::ChatRequest {
+        resume_after: last_seen,
+        ..request
+    };
+    let told = tell(&mut direct, resumed).await;
+    assert_eq!(told.numbers, [last_seen + 1]);
+    assert_eq!(told.completed.unwrap().messages[1].content, "kept");
+    assert_eq!(world.provider.request_count(), 1);
+}
+
+/// Waits until so many calls stand in line at a session.
+async fn until_in_line(world: &World, session: &str, count: usize) {
+    let key = format!("{{message_store:{session}}}:turns");
+    wait::until("the calls stand in line", || async {
+        let bytes: usize = world.redis.command(&["HSTRLEN", &key, "line"]).await;
+        // A turn's hashed id, and when it last asked.
+        (bytes == count * 24).then_some(())
+    })
+    .await;
+}
+
+fn queued(session: &str, turn_id: &str, content: &str) -> pb::ChatRequest {
+    pb::ChatRequest {
+        on_conflict: pb::OnConflict::Queue.into(),
+        ..turn(session, turn_id, content)
+    }
+}
+
+#[tokio::test]
+async fn calls_that_wait_at_two_servers_run_in_the_order_in_which_they_came() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    world.provider.answer(held_by(&gate));
+    for answer in ["first", "second", "third"] {
+        world.provider.answer(Script::text([answer]));
+    }
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let there = ready(&servers[1]).await;
+    let mut stream = here.chat(turn("s", "t", "0")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    let mut waiters = Vec::new();
+    for (index, client) in [&there, &here, &there].into_iter().enumerate() {
+        let mut client = client.clone();
+        let number = (index + 1).to_string();
+        let request = queued("s", &format!("q{number}"), &number);
+        waiters.push(tokio::spawn(
+            async move { tell(&mut client, request).await },
+        ));
+        until_in_line(&world, "s", index + 1).await;
+    }
+    gate.open();
+    let mut texts = Vec::new();
+    for waiter in waiters {
+        let told = waiter.await.unwrap();
+        assert_eq!(told.reason(), "");
+        texts.push(told.text());
+    }
+    assert_eq!(texts, ["first", "second", "third"]);
+    assert_eq!(
+        world.texts("s").await,
+        ["0", "kept", "1", "first", "2", "second", "3", "third"]
+    );
+}
+
+#[tokio::test]
+async fn a_turn_supersedes_the_running_one_while_others_wait_in_line() {
+    let world = World::start().await;
+    world.provider.answer(Script::begin().say("cut").hang());
+    world.provider.always(Script::text(["whole"]));
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let mut stream = here.chat(turn("s", "t", "0")).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    let mut waiters = Vec::new();
+    for (index, client) in [&there, &here].into_iter().enumerate() {
+        let mut client = client.clone();
+        let request = queued("s", &format!("q{index}"), &format!("q{index}"));
+        waiters.push(tokio::spawn(
+            async move { tell(&mut client, request).await },
+        ));
+        until_in_line(&world, "s", index + 1).await;
+    }
+    let mut superseding = turn("s", "now", "now");
+    superseding.on_conflict = pb::OnConflict::Supersede.into();
+    let told = tell(&mut there, superseding).await;
+    assert_eq!(
+        (told.text().as_str(), told.reason().as_str()),
+        ("whole", "")
+    );
+    let told = tell_rest(stream, Told::default()).await;
+    assert!(told.completed.unwrap().messages[1].interrupted);
+    // One in line may get its turn first, and is superseded then as well. Nothing of it is stored in
+    // part, and the others get theirs in order.
+    let mut expected = vec!["0 cut", "now whole"];
+    for (waiter, pair) in waiters.into_iter().zip(["q0 whole", "q1 whole"]) {
+        let told = waiter.await.unwrap();
+        match told.reason().as_str() {
+            "" => expected.push(pair),
+            reason => assert_eq!(reason, "TURN_STOPPED"),
+        }
+    }
+    let stored = world.texts("s").await;
+    let mut pairs: Vec<String> = stored.chunks(2).map(|pair| pair.join(" ")).collect();
+    assert_eq!(pairs[0], expected[0]);
+    let place = |pair| pairs.iter().position(|known| known == pair);
+    assert!(
+        place("q0 whole") < place("q1 whole") || place("q1 whole").is_none(),
+        "{pairs:?}"
+    );
+    pairs.sort();
+    expected.sort();
+    assert_eq!(pairs, expected);
+}
+
+#[tokio::test]
+async fn twenty_followers_at_two_servers_get_the_same_events() {
+    let world = World::start().await;
+    let gate = Gate::new();
+    let mut script = Script::begin().say("begun ").think("so").wait(&gate);
+    for number in 0..200 {
+        script = script.say(&format!("{number} "));
+        if number % 20 == 0 {
+            script = script.pause(Duration::from_millis(20));
+        }
+    }
+    script = script.call(0, "c", "add").arguments(0, "{\"a\": 1}");
+    world
+        .provider
+        .answer(script.finish("tool_calls").usage(1, 2).done());
+    let servers = [world.server(), world.server()];
+    let mut here = ready(&servers[0]).await;
+    let there = ready(&servers[1]).await;
+    let stream = here.chat(turn("s", "t", "hi")).await.unwrap().into_inner();
+    let mut streams = vec![stream];
+    for index in 0..20 {
+        let mut client = [&here, &there][index % 2].clone();
+        let stream = client.chat(follow("s", "t", 0)).await.unwrap();
+        streams.push(stream.into_inner());
+    }
+    let followers = streams.into_iter().map(|mut stream| {
+        tokio::spawn(async move {
+            let mut events = Vec::new();
+            while let Some(event) = stream.message().await.unwrap() {
+                events.push(event);
+            }
+            events
+        })
+    });
+    let followers: Vec<_> = followers.collect();
+    gate.open();
+    let mut seen = Vec::new();
+    for follower in followers {
+        seen.push(follower.await.unwrap());
+    }
+    let numbers: Vec<i64> = seen[0].iter().map(|event| event.event_number).collect();
+    assert_eq!(numbers, (1..=numbers.len() as i64).collect::<Vec<_>>());
+    assert!(numbers.len() > 200, "{}", numbers.len());
+    for (index, events) in seen.iter().enumerate() {
+        assert_eq!(events, &seen[0], "follower {index}");
+    }
+    assert_eq!(world.provider.request_count(), 1);
+}
+
+/// A file system of its own, small, and gone when this is dropped. `None` where this user may not
+/// make one.
+#[cfg(target_os = "linux")]
+struct SmallDisk(tempfile::TempDir);
+
+#[cfg(target_os = "linux")]
+impl SmallDisk {
+    fn mount(size: &str) -> Option<Self> {
+        let directory = tempfile::tempdir().unwrap();
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+            .arg(directory.path())
+            .output();
+        match mounted {
+            Ok(output) if output.status.success() => Some(Self(directory)),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let mut unmount = std::process::Command::new("umount");
+        drop(unmount.arg("-l").arg(self.0.path()).status());
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn an_answer_is_kept_for_a_full_disk_and_stored_when_there_is_room() {
+    let Some(disk) = SmallDisk::mount("8m") else {
+        println!("skipped: this user may not mount a file system");
+        return;
+    };
+    let provider = Provider::start().await;
+    let gate = Gate::new();
+    let script = Script::begin().say(&"kept ".repeat(20_000)).wait(&gate);
+    provider.answer(script.finish("stop").done());
+    let database = disk.0.path().join("chat.db");
+    let server = Program::start(&[
+        "--listen=127.0.0.1:0",
+        "--database",
+        database.to_str().unwrap(),
+        "--model=test-model",
+        "--model-url",
+        &provider.url(),
+    ]);
+    let mut connected = ready(&server).await;
+    let request = turn("s", "t", "hi");
+    let mut stream = connected.chat(request.clone()).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    // Fills what is left, to the last byte.
+    let filler = disk.0.path().join("filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    for size in [1 << 16, 1 << 12, 1] {
+        let bytes = vec![0; size];
+        while std::io::Write::write_all(&mut file, &bytes).is_ok() {}
+    }
+    gate.open();
+    let told = tell_rest(stream, Told::default()).await;
+    assert_eq!(told.reason(), "STORE_FULL");
+    let told = tell(&mut connected, request.clone()).await;
+    assert_eq!(told.reason(), "STORE_FULL");
+    assert!(contents(&mut connected, "s").await.is_empty());
+    drop(file);
+    std::fs::remove_file(filler).unwrap();
+    let told = deliver(&connected, request).await;
+    assert_eq!(told.text(), "kept ".repeat(20_000));
+    assert_eq!(contents(&mut connected, "s").await, ["hi", &told.text()]);
+    assert_eq!(provider.request_count(), 1);
 }
 
 #[tokio::test]

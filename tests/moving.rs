@@ -427,6 +427,38 @@ async fn an_expiry_goes_from_redis_to_redis() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_expiry_goes_from_file_to_file_and_to_redis() {
+    let directory = tempfile::tempdir().unwrap();
+    let [from, to, out] = ["1.db", "2.db", "out.jsonl"].map(|name| directory.path().join(name));
+    let out = out.to_str().unwrap();
+    let at_ms = now_ms() + 100_000_000;
+    let store = Sqlite::open(&from, PREFIX).unwrap();
+    for name in ["a", "b", "gone"] {
+        fill(&store, &session(name), 2).await;
+    }
+    assert_eq!(store.expire(&session("a"), at_ms).await, Ok(true));
+    // It is in the file still, and yet no session.
+    assert_eq!(store.expire(&session("gone"), now_ms()).await, Ok(true));
+    drop(store);
+
+    succeeded(&moving("export", &embedded(&from), &["--output", out]));
+    let redis = Redis::start().await;
+    for target in [embedded(&to), on(&redis)] {
+        succeeded(&moving("import", &target, &["--input", out]));
+    }
+    let stores: [Box<dyn Store>; 2] = [
+        Box::new(Sqlite::open(&to, PREFIX).unwrap()),
+        Box::new(connect(&redis).await),
+    ];
+    for store in stores {
+        assert_eq!(store.expiry(&session("a")).await, Ok(Some(at_ms)));
+        assert_eq!(store.expiry(&session("b")).await, Ok(None));
+        let names: Vec<_> = contents(&*store).await.into_keys().collect();
+        assert_eq!(names, ["a", "b"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_a_server_uses_can_be_exported_but_not_imported_into() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("1.db");

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use chat_memory::history;
 use chat_memory::message::SessionId;
 use chat_memory::store::redis::{InvalidSettings, Redis as RedisStore, Settings};
 use chat_memory::store::sessions::{
@@ -22,6 +23,8 @@ use chat_memory::store::{
     Append, Appended, Body, ELEMENT_BYTES_MAX, Epoch, Error, Order, Page, REQUEST_MEMORY_MS, Read,
     RequestKey, Store as _, TOMBSTONE_MS,
 };
+use chat_memory::tokens::Tokenizer;
+use chat_memory::window::Purpose;
 use harness::proxy::{Mode, Proxy};
 use harness::redis::{Options, Redis};
 use redis::Value;
@@ -318,7 +321,6 @@ async fn a_deletion_by_others_forgets_requests_as_ours_does() {
     let (redis, store) = start().await;
     append(&store, &["a"]).await;
     let _: i64 = redis.command(&["DEL", LIST]).await;
-    assert_eq!(store.recall(&session(), &request("a")).await, Ok(None));
     let again = append(&store, &["a"]).await;
     assert_eq!((again.first_sequence, again.repeated), (2, false));
     assert!(append(&store, &["a"]).await.repeated);
@@ -407,9 +409,10 @@ async fn a_session_that_expired_starts_at_1_again_and_leaves_nothing_but_an_epoc
         // A turn that ran meanwhile is stored, unless it must not bring back what was cleared.
         assert_eq!(after.epoch != before.epoch, is_cleared_before);
         assert_eq!(read(&store).await, after);
-        assert_eq!(store.recall(&session(), &request("a")).await, Ok(None));
-        assert_eq!(append(&store, &["c"]).await.first_sequence, 1);
-        let _: i64 = redis.command(&["DEL", LIST, FACTS]).await;
+        let again = append(&store, &["a"]).await;
+        assert_eq!((again.first_sequence, again.repeated), (1, false));
+        assert_eq!(append(&store, &["c"]).await.first_sequence, 2);
+        let _: Value = redis.command(&["FLUSHALL"]).await;
     }
 }
 
@@ -497,10 +500,6 @@ async fn a_clear_leaves_one_small_record_without_content_for_30_days() {
     assert_close(pttl(&redis, FACTS).await, TOMBSTONE_MS);
 
     assert_eq!(store.clear(&session()).await, Ok(0), "nothing is left");
-    assert_eq!(
-        store.recall(&session(), &request("secret 1")).await,
-        Ok(None)
-    );
     let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
     assert_eq!(append(&store, &["ours"]).await.first_sequence, 5);
     let page = read(&store).await;
@@ -555,10 +554,6 @@ async fn a_request_is_remembered_over_a_change_of_day_and_for_24_hours() {
             ..first
         }
     );
-    assert_eq!(
-        store.recall(&session(), &request("a")).await,
-        Ok(Some(repeated))
-    );
 
     // As if that had been so long ago.
     let mut client = redis.client().await.unwrap();
@@ -573,7 +568,6 @@ async fn a_request_is_remembered_over_a_change_of_day_and_for_24_hours() {
     set_age(REQUEST_MEMORY_MS - 60_000).await;
     assert!(append(&store, &["a", "b"]).await.repeated);
     set_age(REQUEST_MEMORY_MS).await;
-    assert_eq!(store.recall(&session(), &request("a")).await, Ok(None));
     let again = append(&store, &["a", "b"]).await;
     assert_eq!((again.first_sequence, again.repeated), (3, false));
 }
@@ -587,10 +581,6 @@ async fn a_request_id_with_another_body_is_refused_and_writes_nothing() {
     other.request.fingerprint = [7; 16];
     assert_eq!(
         store.append(&session(), other.clone()).await,
-        Err(Error::RequestReused)
-    );
-    assert_eq!(
-        store.recall(&session(), &other.request).await,
         Err(Error::RequestReused)
     );
     assert_eq!(contents(&redis).await, before);
@@ -821,6 +811,73 @@ async fn the_last_20_of_100_000_cost_what_the_last_20_of_20_cost() {
         ));
     }
     assert_eq!(costs, [(1, costs[0].1, 21); 2]);
+}
+
+/// A window of so many tokens, and how many messages it has.
+async fn read_window(store: &RedisStore, session: &SessionId, max_tokens: usize) -> usize {
+    let wanted = history::Wanted {
+        before: None,
+        bounds: history::Asked {
+            tokens: Some(max_tokens),
+            ..Default::default()
+        },
+        tokenizer: Some(Tokenizer::O200k),
+        besides: Vec::new(),
+        purpose: Purpose::Reading,
+        bytes_max: 3 << 20,
+        weigh: |_, _| Some(0),
+    };
+    let read = history::read(store, session, wanted).await.unwrap();
+    read.entries.len()
+}
+
+#[tokio::test]
+async fn a_window_of_a_million_messages_costs_what_a_window_of_a_hundred_costs() {
+    let (redis, store) = start().await;
+    let mut client = redis.client().await.unwrap();
+    // Each character is a token.
+    let text = "a1".repeat(33);
+    let stored = |kind: &str| {
+        format!(
+            r#"{{"type": "{kind}", "data": {{"content": "{text}", "additional_kwargs": {{}}}}}}"#
+        )
+    };
+    let pair = [stored("human"), stored("ai")];
+    // LangChain's lists have their newest message first, so this is filled from its end.
+    for (name, pairs) in [("small", 50), ("large", 500_000)] {
+        let batch = redis::Script::new(
+            "local pairs = {}
+             for n = 1, 1000 do pairs[2 * n - 1] = ARGV[1] pairs[2 * n] = ARGV[2] end
+             local left = tonumber(ARGV[3])
+             while left > 0 do
+                 local count = math.min(left, 1000)
+                 redis.call('LPUSH', KEYS[1], unpack(pairs, 1, 2 * count))
+                 left = left - count
+             end",
+        );
+        let key = format!("message_store:{name}");
+        let mut filling = batch.key(key);
+        filling.arg(&pair[0]).arg(&pair[1]).arg(pairs);
+        let _: () = filling.invoke_async(&mut client).await.unwrap();
+    }
+    let mut monitor = Monitor::start(&redis).await;
+    let mut costs = Vec::new();
+    for name in ["small", "large"] {
+        let session = SessionId::parse(name).unwrap();
+        // The first read takes note of what others have written.
+        read_window(&store, &session, 4_000).await;
+        monitor.commands(&redis).await;
+        let messages = read_window(&store, &session, 4_000).await;
+        let (of_clients, of_scripts) = monitor.commands(&redis).await;
+        costs.push((
+            messages,
+            of_clients.len(),
+            of_scripts.len(),
+            elements_fetched(&of_scripts),
+        ));
+    }
+    // The newest 64 messages and the first 16, and one to compare with each.
+    assert_eq!(costs, [(56, 2, costs[0].2, 64 + 16 + 2); 2]);
 }
 
 #[tokio::test]
@@ -2800,4 +2857,148 @@ async fn settings_that_cannot_work_are_refused_at_once() {
         missing,
         Some(InvalidSettings::Certificates { .. })
     ));
+}
+
+#[tokio::test]
+async fn an_entry_that_is_none_leaves_the_index_of_running_turns_and_hides_no_other() {
+    let (redis, store) = start().await;
+    let mut given_up = beginning("t");
+    given_up.lease.lease_ms = 0;
+    begin(&store, given_up).await;
+    for nonsense in ["short", "sixteen bytes id", "sixteen bytes id{braces}"] {
+        let _: i64 = redis.command(&["ZADD", RUNNING, "1", nonsense]).await;
+    }
+    assert_eq!(redis.command::<i64>(&["ZCARD", RUNNING]).await, 4);
+    eventually("the orphan is named", async || {
+        store.orphaned_turns(10).await.unwrap() == [(session(), turn("t"))]
+    })
+    .await;
+    assert_eq!(redis.command::<i64>(&["ZCARD", RUNNING]).await, 1);
+}
+
+#[tokio::test]
+async fn an_index_of_running_turns_that_others_deleted_comes_back_while_turns_run() {
+    let (redis, store) = start().await;
+    let mut brief = beginning("t");
+    brief.lease.lease_ms = 400;
+    begin(&store, brief.clone()).await;
+    let _: i64 = redis.command(&["DEL", RUNNING]).await;
+    let mut keep = keeping("t", TOKEN);
+    keep.lease = brief.lease;
+    let mut keeps = 0;
+    eventually("the entry is back", async || {
+        store.keep_turn(&session(), keep.clone()).await.unwrap();
+        keeps += 1;
+        redis.command::<i64>(&["ZCARD", RUNNING]).await == 1
+    })
+    .await;
+    assert!(keeps > 1, "not with each keep");
+    // Its holder dies.
+    eventually("the orphan is named", async || {
+        store.orphaned_turns(10).await.unwrap() == [(session(), turn("t"))]
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn turns_go_with_a_list_whose_expiry_others_shorten_after_their_end() {
+    let (redis, store) = start().await;
+    begin(&store, beginning("t")).await;
+    store
+        .end_turn(&session(), ending("t", TOKEN, &["q", "a"]))
+        .await
+        .unwrap();
+    assert_close(
+        pttl(&redis, TURNS).await,
+        LEASE.lease_ms + LEASE.retention_ms,
+    );
+    let _: i64 = redis.command(&["EXPIRE", LIST, "60"]).await;
+    read(&store).await;
+    assert_close(pttl(&redis, TURNS).await, 60_000);
+    let _: i64 = redis.command(&["EXPIRE", LIST, "30"]).await;
+    append(&store, &["b"]).await;
+    assert_close(pttl(&redis, TURNS).await, 30_000);
+
+    // While a turn runs, they stay for it.
+    let _: i64 = redis.command(&["PERSIST", LIST]).await;
+    begin(&store, beginning("u")).await;
+    let _: i64 = redis.command(&["EXPIRE", LIST, "20"]).await;
+    read(&store).await;
+    let left = pttl(&redis, TURNS).await;
+    assert!(left > 60_000, "{left}");
+}
+
+#[tokio::test]
+async fn an_expiry_during_a_turn_does_not_tear_it() {
+    for is_cleared_before in [false, true] {
+        let (redis, store) = start().await;
+        append(&store, &["a", "b"]).await;
+        if is_cleared_before {
+            // Then the facts outlive the list.
+            store.clear(&session()).await.unwrap();
+            append(&store, &["c"]).await;
+        }
+        begin(&store, beginning("old")).await;
+        store
+            .end_turn(&session(), ending("old", TOKEN, &["q", "a"]))
+            .await
+            .unwrap();
+        begin(&store, beginning("t")).await;
+        let _: i64 = redis.command(&["PEXPIRE", LIST, "300"]).await;
+        read(&store).await;
+        store
+            .keep_turn(&session(), keeping("t", TOKEN))
+            .await
+            .unwrap();
+        eventually("the list expires", async || {
+            redis.command::<i64>(&["EXISTS", LIST]).await == 0
+        })
+        .await;
+        let follow = |name| FollowTurn {
+            turn: turn(name),
+            from_chunk: 0,
+            bytes_max: usize::MAX,
+            is_noted: false,
+        };
+        if is_cleared_before {
+            // A read notes the expiry, and is no clear either.
+            assert_eq!(read(&store).await.last_sequence, 0);
+        }
+        let mut keep = keeping("t", TOKEN);
+        keep.chunk = chunk(1);
+        store.keep_turn(&session(), keep).await.unwrap();
+
+        let mut end = ending("t", TOKEN, &["q2", "a2"]);
+        end.chunk = chunk(2);
+        let ended = store.end_turn(&session(), end.clone()).await.unwrap();
+        let TurnState::Completed { appended, .. } = &ended else {
+            panic!("{ended:?}");
+        };
+        assert_eq!((appended.first_sequence, appended.count), (1, 2));
+        assert_eq!(store.end_turn(&session(), end).await, Ok(ended.clone()));
+        assert_eq!(show(&read(&store).await), "1:q2 2:a2");
+        let followed = store
+            .follow_turn(&session(), follow("t"))
+            .await
+            .unwrap()
+            .unwrap();
+        assert_eq!((followed.state, followed.chunks.len()), (ended.clone(), 3));
+        let repeated = store.begin_turn(&session(), beginning("t")).await;
+        assert_eq!(repeated, Ok(Begun::Exists(ended)));
+
+        // Its messages are gone, so its record is.
+        let forgotten = store.follow_turn(&session(), follow("old")).await;
+        assert_eq!(forgotten, Ok(None));
+        assert_eq!(begin(&store, beginning("old")).await.attempt, 1);
+        // List and facts live on; the turns as long as their records, and with the list.
+        assert_eq!(pttl(&redis, LIST).await, -1);
+        let _: i64 = redis.command(&["EXPIRE", LIST, "60"]).await;
+        store
+            .end_turn(&session(), ending("old", TOKEN, &["q", "a"]))
+            .await
+            .unwrap();
+        for key in [LIST, TURNS] {
+            assert_close(pttl(&redis, key).await, 60_000);
+        }
+    }
 }

@@ -3,15 +3,20 @@
 
 mod harness;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use chat_memory::store::sessions::{
+    FORK_STEP, Fork, Forked, ListRecent, Look, NOTICED_WITHIN_MS, Seen, Update, Upkeep,
+};
 use chat_memory::store::sqlite::{OpenError, Options, Sqlite};
 use chat_memory::store::turns::{BeginTurn, Chunk, KeepTurn, Lease, Taken, TurnState};
 use chat_memory::store::{
-    Append, Epoch, Error, REQUEST_MEMORY_MS, Result, Store, TOMBSTONE_MS, TurnStore,
+    Append, Epoch, Error, List, REQUEST_MEMORY_MS, Result, SessionStore, Store, TOMBSTONE_MS,
+    TurnStore,
 };
 use futures_util::future::{FutureExt as _, join_all};
 use harness::stores::{
@@ -254,7 +259,94 @@ async fn a_file_of_version_1_keeps_its_messages_and_takes_turns() {
     let ended = store.end_turn(&s, end(turn.key.id, turn.lease.token, &["c"]));
     ended.await.unwrap();
     assert_eq!(texts(&read_all(&store, &s).await), ["a", "b", "c"]);
-    assert_eq!(numbers(&path, "PRAGMA user_version"), 2);
+    assert_eq!(numbers(&path, "PRAGMA user_version"), 3);
+}
+
+/// Makes a file as an older program left it: the schemas up to a version, and some sessions.
+fn older_file(path: &Path, version: i64) -> Connection {
+    let db = Connection::open(path).unwrap();
+    db.execute_batch(include_str!("../src/store/sqlite/schema.sql"))
+        .unwrap();
+    if version == 2 {
+        db.execute_batch(include_str!("../src/store/sqlite/schema_2.sql"))
+            .unwrap();
+    }
+    db.pragma_update(None, "application_id", i32::from_be_bytes(*b"CMem"))
+        .unwrap();
+    db.pragma_update(None, "user_version", version).unwrap();
+    db.pragma_update(None, "journal_mode", "WAL").unwrap();
+    db
+}
+
+#[tokio::test]
+async fn a_file_of_version_2_lists_its_sessions() {
+    const COUNT: usize = 2_500;
+    let (_directory, path) = place();
+    let db = older_file(&path, 2);
+    db.execute_batch(&format!(
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {COUNT})
+         INSERT INTO sessions (key, last_sequence) SELECT 's' || i, 2 FROM n;
+         INSERT INTO messages SELECT number, 1, CAST('a' AS BLOB) FROM sessions;
+         INSERT INTO messages SELECT number, 2, CAST('b' AS BLOB) FROM sessions;
+         INSERT INTO sessions (key, last_sequence, epoch, forget_ms) VALUES ('gone', 2, 1, 9e15);
+         INSERT INTO requests (session, id, fingerprint, first_sequence, count, time_ms, expires_ms)
+            VALUES (7, x'01', x'01', 1, 2, 1000, 9000000000000);"
+    ))
+    .unwrap();
+    drop(db);
+
+    let store = open(&path);
+    let mut list = ListRecent {
+        limit: 100,
+        ..ListRecent::default()
+    };
+    let mut found = Vec::new();
+    loop {
+        let page = store.list_sessions(list.clone()).await.unwrap();
+        found.extend(page.sessions);
+        match page.next {
+            Some(next) => list.cursor = Some(next),
+            None => break,
+        }
+    }
+    // One was written to in its last 24 hours; of the others it is not known when.
+    let (first, seen) = &found[0];
+    assert_eq!((first.as_str(), seen.count), ("s7", 2));
+    assert_eq!(seen.active_ms, Some(9_000_000_000_000 - REQUEST_MEMORY_MS));
+    assert_eq!(found.len(), COUNT);
+    let others: HashSet<_> = found.iter().map(|(session, _)| session).collect();
+    assert_eq!(others.len(), COUNT, "one came twice");
+    assert!(found[1..].iter().all(|(_, seen)| seen.active_ms.is_none()));
+    let seen = store.look(&session("s1"), Look::default()).await.unwrap();
+    assert_eq!(
+        (seen.count, seen.first_sequence, seen.last_sequence),
+        (2, 1, 2)
+    );
+}
+
+/// An older server may have it: nobody brings it to this version meanwhile.
+#[tokio::test]
+async fn a_file_of_an_older_version_can_be_read_as_it_is() {
+    for version in [1, 2] {
+        let (_directory, path) = place();
+        let db = older_file(&path, version);
+        db.execute_batch(
+            "INSERT INTO sessions (key, last_sequence) VALUES ('s', 2);
+             INSERT INTO messages VALUES (1, 1, CAST('a' AS BLOB)), (1, 2, CAST('b' AS BLOB));",
+        )
+        .unwrap();
+        let store = Sqlite::open_reader(&path, "").unwrap();
+        let s = session("s");
+        assert_eq!(texts(&read_all(&store, &s).await), ["a", "b"]);
+        assert_eq!(store.expiry(&s).await, Ok(None));
+        let list = List {
+            prefix: String::new(),
+            cursor: None,
+            limit: 10,
+        };
+        assert_eq!(store.sessions(list).await.unwrap().sessions, [s]);
+        assert_eq!(numbers(&path, "PRAGMA user_version"), version);
+    }
 }
 
 #[tokio::test]
@@ -515,12 +607,17 @@ async fn a_transaction_that_fails_is_an_error_for_all_in_it() {
 
 /// A store whose clock stands still until it is set.
 fn open_with_clock(path: &Path) -> (Sqlite, Arc<AtomicI64>) {
+    open_with(path, Upkeep::default())
+}
+
+fn open_with(path: &Path, upkeep: Upkeep) -> (Sqlite, Arc<AtomicI64>) {
     let time = Arc::new(AtomicI64::new(1_763_910_000_000));
     let options = Options {
         clock: {
             let time = time.clone();
             Arc::new(move || time.load(Ordering::SeqCst))
         },
+        upkeep,
         ..Options::default()
     };
     let store = Sqlite::open_with(path, "", options).unwrap();
@@ -539,7 +636,6 @@ async fn a_request_is_remembered_for_a_day() {
     store.append(&s, append.clone()).await.unwrap();
 
     time.fetch_add(REQUEST_MEMORY_MS - 1, Ordering::SeqCst);
-    assert!(store.recall(&s, &append.request).await.unwrap().is_some());
     let other = Append {
         request: request("r", "other"),
         ..batch(["other"])
@@ -549,10 +645,9 @@ async fn a_request_is_remembered_for_a_day() {
     assert!(store.append(&s, append.clone()).await.unwrap().repeated);
 
     time.fetch_add(1, Ordering::SeqCst);
-    assert_eq!(store.recall(&s, &append.request).await, Ok(None));
     assert!(!store.append(&s, other.clone()).await.unwrap().repeated);
-    let recalled = store.recall(&s, &other.request).await.unwrap().unwrap();
-    assert_eq!(recalled.first_sequence, 2);
+    let repeated = store.append(&s, other).await.unwrap();
+    assert_eq!((repeated.first_sequence, repeated.repeated), (2, true));
 }
 
 #[tokio::test]
@@ -793,6 +888,311 @@ async fn a_turn_that_other_tools_deleted_does_not_haunt_the_next() {
     say(&store, &s, &turn, 1).await;
     let followed = store.follow_turn(&s, follow(turn.key.id)).await.unwrap();
     assert_eq!(followed.unwrap().chunks, ["a secret 0"]);
+}
+
+// Sessions.
+
+const MINUTE: Upkeep = Upkeep {
+    ttl_ms: Some(60_000),
+    reads_extend: false,
+    elements_max: None,
+};
+
+#[tokio::test]
+async fn an_expired_session_leaves_the_file_in_bounded_steps() {
+    let (_directory, path) = place();
+    let (store, time) = open_with(&path, MINUTE);
+    let [s, other] = ["s", "other"].map(session);
+    let turn = begin("t", lease());
+    leased(store.begin_turn(&s, turn.clone()).await.unwrap());
+    say(&store, &s, &turn, 3).await;
+    let end = end(turn.key.id, turn.lease.token, &["answer"]);
+    store.end_turn(&s, end).await.unwrap();
+    let elements = (0..1_200).map(|number| format!("a secret {number}"));
+    store.append(&s, batch(elements)).await.unwrap();
+    let metadata = Some([("a".to_owned(), "b".to_owned())].into());
+    let said = Update {
+        metadata,
+        ..Update::default()
+    };
+    store.update_session(&s, said).await.unwrap().unwrap();
+
+    // To the millisecond.
+    time.fetch_add(59_999, Ordering::SeqCst);
+    assert_eq!(read_all(&store, &s).await.elements.len(), 1_201);
+    time.fetch_add(1, Ordering::SeqCst);
+    assert_eq!(read_all(&store, &s).await.elements.len(), 0);
+    // Looked for once a minute, and a while after whoever waits was told.
+    time.fetch_add(60_000, Ordering::SeqCst);
+    let rows = || {
+        numbers(
+            &path,
+            "SELECT count(*) FROM messages WHERE element <> x'31'",
+        )
+    };
+    let mut counts = Vec::new();
+    for _ in 0..4 {
+        fill(&store, &other, 1).await;
+        counts.push(rows());
+    }
+    assert_eq!(counts, [701, 201, 0, 0]);
+    assert_eq!(rows_of_turns(&path), [0, 0, 0]);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM session_pairs"), 0);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM requests"), 4);
+    drop(store);
+    let contents = std::fs::read(&path).unwrap();
+    assert!(!contents.windows(8).any(|bytes| bytes == b"a secret"));
+}
+
+/// Else what is left of it would be seen.
+#[tokio::test]
+async fn a_clock_that_is_set_back_brings_back_no_part_of_a_session() {
+    let (_directory, path) = place();
+    let (store, time) = open_with(&path, MINUTE);
+    let [s, other] = ["s", "other"].map(session);
+    store.append(&s, batch(vec!["x"; 1_200])).await.unwrap();
+    time.fetch_add(120_000, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 701);
+    time.fetch_sub(120_000, Ordering::SeqCst);
+    assert_eq!(read_all(&store, &s).await.elements.len(), 0);
+    let seen = store.look(&s, Look::default()).await.unwrap();
+    assert_eq!(seen, Seen::default());
+}
+
+#[tokio::test]
+async fn a_session_that_starts_anew_shows_nothing_of_the_old_one() {
+    let (_directory, path) = place();
+    let (store, time) = open_with(&path, MINUTE);
+    let s = session("s");
+    store.append(&s, batch(vec!["old"; 1_200])).await.unwrap();
+    time.fetch_add(60_000, Ordering::SeqCst);
+    for number in 1..=6 {
+        let appended = store.append(&s, batch(["new"])).await.unwrap();
+        assert_eq!(appended.first_sequence, number);
+        let held = texts(&read_all(&store, &s).await);
+        assert_eq!(held, vec!["new"; number as usize]);
+        let list = List {
+            prefix: String::new(),
+            cursor: None,
+            limit: 10,
+        };
+        let page = store.sessions(list).await.unwrap();
+        assert_eq!((page.sessions, page.unusable), (vec![s.clone()], 0));
+        time.fetch_add(30_000, Ordering::SeqCst);
+    }
+    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
+}
+
+#[tokio::test]
+async fn a_read_is_a_write_once_in_a_while_only() {
+    let (_directory, path) = place();
+    let upkeep = Upkeep {
+        reads_extend: true,
+        ..MINUTE
+    };
+    let (store, time) = open_with(&path, upkeep);
+    let s = session("s");
+    fill(&store, &s, 1).await;
+    let before = store.commits();
+    for _ in 0..100 {
+        read_all(&store, &s).await;
+        time.fetch_add(60, Ordering::SeqCst);
+    }
+    assert_eq!(store.commits(), before);
+    // A tenth of its life is gone, and it is not more than that behind.
+    time.fetch_add(1, Ordering::SeqCst);
+    read_all(&store, &s).await;
+    fill(&store, &session("other"), 1).await;
+    let expires_ms = store.expiry(&s).await.unwrap().unwrap();
+    assert_eq!(expires_ms, time.load(Ordering::SeqCst) + 60_000);
+}
+
+/// The elements of a session that was never trimmed go a part at a time: a write is not held up.
+#[tokio::test]
+async fn a_session_that_has_far_too_much_is_trimmed_by_its_next_writes() {
+    let (_directory, path) = place();
+    let s = session("s");
+    let elements = (0..2_500).map(|number| match number % 2 {
+        0 => r#"{"type": "human", "data": {}}"#,
+        _ => r#"{"type": "ai", "data": {}}"#,
+    });
+    let store = open(&path);
+    store.append(&s, batch(elements)).await.unwrap();
+    drop(store);
+    let upkeep = Upkeep {
+        elements_max: Some(100),
+        ..Upkeep::default()
+    };
+    let (store, _) = open_with(&path, upkeep);
+    let mut counts = Vec::new();
+    for _ in 0..4 {
+        store.append(&s, batch(["x"])).await.unwrap();
+        let seen = store.look(&s, Look::default()).await.unwrap();
+        assert_eq!(read_all(&store, &s).await.elements.len() as i64, seen.count);
+        counts.push(seen.count);
+    }
+    assert_eq!(counts, [1_503, 506, 99, 100]);
+}
+
+#[tokio::test]
+async fn other_writes_go_in_between_the_steps_of_a_fork() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let [s, copy, other] = ["s", "copy", "other"].map(session);
+    let count = 4 * FORK_STEP;
+    store.append(&s, batch(vec!["x"; count])).await.unwrap();
+    let before = store.commits();
+    let fork = Fork {
+        to: copy.clone(),
+        through: None,
+    };
+    let forked = store.fork(&s, fork);
+    let write = async {
+        fill(&store, &other, 1).await;
+        // It was not held up until the whole is there.
+        let seen = store.look(&copy, Look::default()).await.unwrap();
+        assert_eq!(seen.count, 0);
+    };
+    let (forked, ()) = tokio::join!(biased; forked, write);
+    assert!(matches!(forked, Ok(Forked::Done(_))), "{forked:?}");
+    assert!(
+        store.commits() - before >= 5,
+        "{}",
+        store.commits() - before
+    );
+}
+
+#[tokio::test]
+async fn what_a_crash_leaves_of_a_fork_is_seen_by_nobody_and_deleted() {
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let s = session("s");
+    store
+        .append(&s, batch(vec!["x"; 3 * FORK_STEP]))
+        .await
+        .unwrap();
+    // A fork whose caller goes away after its first steps.
+    let fork = Fork {
+        to: session("copy"),
+        through: None,
+    };
+    let mut forked = Box::pin(store.fork(&s, fork));
+    let rows = || numbers(&path, "SELECT count(*) FROM messages");
+    let steps = async {
+        while rows() <= 3 * FORK_STEP as i64 {
+            assert!((&mut forked).now_or_never().is_none(), "it has ended");
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(harness::wait::LIMIT, steps)
+        .await
+        .expect("no step was made");
+    drop(forked);
+    drop(store);
+
+    let (store, _) = open_with_clock(&path);
+    let list = ListRecent {
+        limit: 10,
+        ..ListRecent::default()
+    };
+    assert_eq!(store.list_sessions(list).await.unwrap().sessions.len(), 1);
+    let list = List {
+        prefix: String::new(),
+        cursor: None,
+        limit: 10,
+    };
+    let page = store.sessions(list).await.unwrap();
+    assert_eq!((page.sessions, page.unusable), (vec![s.clone()], 0));
+    time.fetch_add(60_000, Ordering::SeqCst);
+    for _ in 0..5 {
+        fill(&store, &s, 1).await;
+    }
+    assert_eq!(rows(), 3 * FORK_STEP as i64 + 5);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
+}
+
+#[tokio::test]
+async fn the_list_keeps_to_its_prefix() {
+    let (_directory, path) = place();
+    let metadata = || Some([("a".to_owned(), "b".to_owned())].into());
+    for prefix in ["a:", "b:", ""] {
+        let store = Sqlite::open(&path, prefix).unwrap();
+        fill(&store, &session("s"), 1).await;
+        let said = Update {
+            metadata: metadata(),
+            ..Update::default()
+        };
+        store.update_session(&session("s"), said).await.unwrap();
+    }
+    let store = Sqlite::open(&path, "a:").unwrap();
+    for metadata in [None, metadata()] {
+        let list = ListRecent {
+            metadata: metadata.unwrap_or_default(),
+            limit: 10,
+            ..ListRecent::default()
+        };
+        let page = store.list_sessions(list).await.unwrap();
+        let found: Vec<_> = page.sessions.iter().map(|(id, _)| id.as_str()).collect();
+        assert_eq!(found, ["s"]);
+    }
+}
+
+#[tokio::test]
+async fn bells_ring_for_what_other_tools_change() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    let s = session("s");
+    fill(&store, &s, 1).await;
+    let mut bell = store.bell(&s);
+    let db = Connection::open(&path).unwrap();
+    for sequence in 2..4 {
+        // What it rings for at first, it rings for without knowing.
+        while tokio::time::timeout(Duration::from_millis(NOTICED_WITHIN_MS), bell.rung())
+            .await
+            .is_ok()
+        {}
+        let add = "INSERT INTO messages SELECT number, ?1, CAST('by hand' AS BLOB) FROM sessions";
+        db.execute(add, [sequence]).unwrap();
+        tokio::time::timeout(harness::wait::LIMIT, bell.rung())
+            .await
+            .expect("no ring");
+        assert_eq!(read_all(&store, &s).await.last_sequence, sequence);
+    }
+}
+
+#[tokio::test]
+async fn a_store_with_bells_closes_its_file() {
+    let (directory, path) = place();
+    let store = open(&path);
+    let s = session("s");
+    let bell = store.bell(&s);
+    fill(&store, &s, 1).await;
+    drop(store);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    drop(bell);
+}
+
+/// Those who look with SQLite's own tools see neither what is gone nor what is not there yet.
+#[tokio::test]
+async fn the_view_for_people_shows_what_there_is() {
+    let (_directory, path) = place();
+    let store = open(&path);
+    fill(&store, &session("s"), 2).await;
+    fill(&store, &session("expired"), 2).await;
+    assert_eq!(store.expire(&session("expired"), 1_000).await, Ok(true));
+    let db = Connection::open(&path).unwrap();
+    db.execute_batch(
+        "INSERT INTO sessions (key, last_sequence) VALUES (char(1) || 'fork', 0);
+         INSERT INTO messages SELECT number, 1, x'61' FROM sessions WHERE key = char(1) || 'fork';",
+    )
+    .unwrap();
+    assert_eq!(numbers(&path, "SELECT count(*) FROM history"), 2);
+    assert_eq!(
+        numbers(&path, "SELECT count(*) FROM history WHERE key = 's'"),
+        2
+    );
 }
 
 // Failures.

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use chat_memory::message::SessionId;
 use chat_memory::store::{
-    Append, Body, ELEMENT_BYTES_MAX, Epoch, Error, List, Order, Page, Read, Sequence, Store,
+    Append, Appended, Body, ELEMENT_BYTES_MAX, Epoch, Error, List, Order, Page, Read, Sequence,
+    Store,
 };
 use futures_util::future::join_all;
 use harness::stores::{
@@ -234,8 +235,6 @@ async fn a_request_id_is_not_for_two_requests(store: Shared, s: SessionId) {
     let refused = store.append(&s, other).await;
     assert_eq!(refused, Err(Error::RequestReused));
     assert_eq!(texts(&read_all(&*store, &s).await), ["a"]);
-    let recalled = store.recall(&s, &request("r", "b")).await;
-    assert_eq!(recalled, Err(Error::RequestReused));
 }
 
 async fn fifty_simultaneous_repeats_store_once(store: Shared, s: SessionId) {
@@ -286,7 +285,6 @@ async fn a_refused_request_is_not_remembered(store: Shared, s: SessionId) {
         ..batch(["a"])
     };
     assert!(store.append(&s, append.clone()).await.is_err());
-    assert_eq!(store.recall(&s, &append.request).await, Ok(None));
     let append = Append {
         expected_last_sequence: None,
         ..append
@@ -301,7 +299,6 @@ async fn a_clear_forgets_requests(store: Shared, s: SessionId) {
     };
     store.append(&s, append.clone()).await.unwrap();
     store.clear(&s).await.unwrap();
-    assert_eq!(store.recall(&s, &append.request).await, Ok(None));
     let again = store.append(&s, append).await.unwrap();
     assert_eq!((again.first_sequence, again.repeated), (2, false));
 }
@@ -313,29 +310,8 @@ async fn a_request_id_belongs_to_its_session(store: Shared, s: SessionId) {
         ..batch(["a"])
     };
     store.append(&s, append.clone()).await.unwrap();
-    assert_eq!(
-        store.recall(&other_session, &append.request).await,
-        Ok(None)
-    );
     let in_other = store.append(&other_session, append).await.unwrap();
     assert!(!in_other.repeated);
-}
-
-async fn recall_tells_what_a_request_stored(store: Shared, s: SessionId) {
-    let key = request("r", "ab");
-    assert_eq!(store.recall(&s, &key).await, Ok(None));
-    let append = Append {
-        request: key,
-        ..batch(["a", "b"])
-    };
-    fill(&*store, &s, 2).await;
-    assert_eq!(store.recall(&s, &key).await, Ok(None));
-    let appended = store.append(&s, append).await.unwrap();
-    let recalled = store.recall(&s, &key).await.unwrap().unwrap();
-    assert_eq!((recalled.first_sequence, recalled.count), (3, 2));
-    assert_eq!(recalled.time_ms, appended.time_ms);
-    assert!(recalled.repeated);
-    assert_eq!(store.recall(&s, &request("q", "ab")).await, Ok(None));
 }
 
 // Conditions.
@@ -428,7 +404,6 @@ async fn an_unknown_session_reads_as_empty(store: Shared, s: SessionId) {
         ..all()
     };
     assert_eq!(store.read(&s, read).await, Ok(empty(3, 9)));
-    assert_eq!(store.recall(&s, &request("r", "")).await, Ok(None));
 }
 
 /// Reads the range page by page, as a caller does.
@@ -691,9 +666,12 @@ async fn a_restart_keeps_everything(backend: &mut impl Backend, s: SessionId) {
     backend.restart().await;
     let store = backend.store();
     assert_eq!(read_all(&*store, &s).await, before);
-    let recalled = store.recall(&s, &append.request).await.unwrap().unwrap();
-    assert_eq!(recalled.first_sequence, first.first_sequence);
-    assert!(store.append(&s, append).await.unwrap().repeated);
+    let again = store.append(&s, append).await.unwrap();
+    let repeated = Appended {
+        repeated: true,
+        ..first
+    };
+    assert_eq!(again, repeated);
     let next = store.append(&s, batch(["c"])).await.unwrap();
     assert_eq!(next.first_sequence, 5);
 }
@@ -879,7 +857,6 @@ macro_rules! contract {
                 a_refused_request_is_not_remembered,
                 a_clear_forgets_requests,
                 a_request_id_belongs_to_its_session,
-                recall_tells_what_a_request_stored,
                 an_append_goes_only_where_it_was_expected_to,
                 exactly_one_of_twenty_contenders_wins,
                 a_clear_fences_whoever_began_before,

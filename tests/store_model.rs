@@ -1,6 +1,6 @@
 //! Random operations on a store and on a model of its contract: both must answer alike. The model
 //! is the contract in the plainest form; what it cannot show (races, restarts, time) is tested
-//! rule by rule in `store_contract.rs`.
+//! rule by rule in `store_contract.rs` and `session_contract.rs`.
 //!
 //! A failing case is kept in `store_model.proptest-regressions` and tried first ever after.
 
@@ -11,6 +11,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use chat_memory::message::SessionId;
+use chat_memory::store::sessions::{Fork, Forked, Look, Rewind, Rewound, Update, Upkeep};
 use chat_memory::store::{
     Append, Appended, Body, Element, Epoch, Error, Order, Page, Read, RequestKey, Result, Sequence,
     Store,
@@ -35,9 +36,6 @@ enum Operation {
         /// Relative to the epoch.
         expected_epoch: Option<i64>,
     },
-    Recall {
-        request: (u8, bool),
-    },
     Read {
         is_newest_first: bool,
         /// Relative to the last sequence, like `before`; from the start if `None`.
@@ -48,7 +46,31 @@ enum Operation {
         bytes_max: usize,
     },
     Clear,
+    Rewind {
+        /// Relative to the last sequence.
+        after: i64,
+        request: Option<(u8, bool)>,
+    },
+    Fork {
+        /// Which of the few sessions.
+        to: usize,
+        /// Relative to the last sequence.
+        through: Option<i64>,
+    },
+    Look {
+        /// Relative to the last sequence.
+        at: i64,
+    },
+    Title {
+        title: u8,
+    },
+    /// As if its time had come.
+    Expire,
 }
+
+/// What the store trims a session to, in one of the two runs.
+const ELEMENTS_MAX: usize = 6;
+const QUESTION: &[u8] = br#"{"type": "human", "data": {}}"#;
 
 fn operations() -> impl Strategy<Value = Vec<(usize, Operation)>> {
     prop::collection::vec((0..SESSIONS, operation()), 1..40)
@@ -58,6 +80,7 @@ fn operation() -> impl Strategy<Value = Operation> {
     let element = prop_oneof![
         8 => prop::collection::vec(any::<u8>(), 0..12),
         1 => prop::collection::vec(any::<u8>(), 1_000..3_000),
+        3 => Just(QUESTION.to_vec()),
     ];
     let key = || (0..4_u8, prop::bool::weighted(0.8));
     let near = |reach: i64| prop_oneof![3 => Just(0), 1 => -reach..=reach];
@@ -96,8 +119,14 @@ fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
         8 => append,
         8 => read,
-        2 => key().prop_map(|request| Operation::Recall { request }),
         1 => Just(Operation::Clear),
+        3 => (-8..2_i64, prop::option::of(key()))
+            .prop_map(|(after, request)| Operation::Rewind { after, request }),
+        2 => (0..SESSIONS, prop::option::of(-8..2_i64))
+            .prop_map(|(to, through)| Operation::Fork { to, through }),
+        3 => (-12..3_i64).prop_map(|at| Operation::Look { at }),
+        1 => any::<u8>().prop_map(|title| Operation::Title { title }),
+        1 => Just(Operation::Expire),
     ]
 }
 
@@ -106,8 +135,13 @@ fn operation() -> impl Strategy<Value = Operation> {
 struct Model {
     elements: Vec<(Sequence, Bytes)>,
     requests: HashMap<[u8; 16], ([u8; 16], Appended)>,
+    /// Of rewinds, and how many elements went.
+    rewinds: HashMap<[u8; 16], ([u8; 16], i64)>,
     last_sequence: Sequence,
     epoch: i64,
+    title: String,
+    /// Which session it was copied from, and up to where it was to be.
+    origin: Option<(usize, Option<Sequence>)>,
 }
 
 impl Model {
@@ -125,7 +159,7 @@ impl Model {
     }
 
     /// All answers that are right: where two conditions fail, either may be named.
-    fn append(&mut self, append: &Append) -> Vec<Result<Appended>> {
+    fn append(&mut self, append: &Append, upkeep: &Upkeep) -> Vec<Result<Appended>> {
         match self.recall(&append.request) {
             Err(error) => return vec![Err(error)],
             Ok(Some(appended)) => return vec![Ok(appended)],
@@ -158,17 +192,62 @@ impl Model {
             self.last_sequence += 1;
             self.elements.push((self.last_sequence, element.clone()));
         }
+        if let Some(elements_max) = upkeep.elements_max {
+            self.trim(elements_max);
+        }
         let remembered = (append.request.fingerprint, appended);
         self.requests.insert(append.request.id, remembered);
         vec![Ok(appended)]
     }
 
+    fn trim(&mut self, elements_max: usize) {
+        let excess = self.elements.len().saturating_sub(elements_max);
+        let places = self.elements.iter().enumerate().skip(1);
+        let questions = places.filter(|(_, (_, element))| element.as_ref() == QUESTION);
+        let questions: Vec<_> = questions.map(|(place, _)| place).collect();
+        let enough = questions.iter().find(|place| **place >= excess);
+        if excess > 0
+            && let Some(place) = enough.or(questions.last())
+        {
+            self.elements.drain(..place);
+        }
+    }
+
     fn clear(&mut self) -> i64 {
         let deleted = self.elements.len() as i64;
-        self.elements.clear();
-        self.requests.clear();
-        self.epoch += 1;
+        *self = Self {
+            last_sequence: self.last_sequence,
+            epoch: self.epoch + 1,
+            ..Self::default()
+        };
         deleted
+    }
+
+    fn rewind(&mut self, rewind: &Rewind) -> Result<Rewound> {
+        let (fingerprint, count) = match self.rewinds.get(&rewind.request.id) {
+            Some(known) => *known,
+            None => {
+                let before = self.elements.len();
+                self.elements
+                    .retain(|(sequence, _)| *sequence <= rewind.after);
+                let known = (
+                    rewind.request.fingerprint,
+                    (before - self.elements.len()) as i64,
+                );
+                self.rewinds.insert(rewind.request.id, known);
+                known
+            }
+        };
+        match fingerprint == rewind.request.fingerprint {
+            true => Ok(Rewound::Done { count }),
+            false => Err(Error::RequestReused),
+        }
+    }
+
+    /// The greatest sequence of an element at or before a sequence.
+    fn floor(&self, at: Sequence) -> Sequence {
+        let held = self.elements.iter().map(|(sequence, _)| *sequence);
+        held.filter(|sequence| *sequence <= at).max().unwrap_or(0)
     }
 
     fn read(&self, read: &Read) -> Page {
@@ -213,14 +292,45 @@ impl Model {
     }
 }
 
+/// What becomes of a fork, and its model.
+fn fork(models: &mut [Model], from: usize, to: usize, through: Option<Sequence>) -> &'static str {
+    if !models[to].elements.is_empty() {
+        return match models[to].origin == Some((from, through)) {
+            true => "done",
+            false => "exists",
+        };
+    }
+    let end = models[from].floor(through.unwrap_or(Sequence::MAX));
+    if end == 0 {
+        return "empty";
+    }
+    let title = models[from].title.clone();
+    let elements = models[from].elements.iter();
+    let elements: Vec<_> = elements
+        .filter(|(sequence, _)| *sequence <= end)
+        .cloned()
+        .collect();
+    let copy = &mut models[to];
+    for (_, element) in elements {
+        copy.last_sequence += 1;
+        copy.elements.push((copy.last_sequence, element));
+    }
+    (copy.title, copy.origin) = (title, Some((from, through)));
+    "done"
+}
+
 /// Runs one operation on both, and compares.
 async fn step(
     store: &dyn Store,
-    session: &SessionId,
-    model: &mut Model,
+    sessions: &[SessionId],
+    models: &mut [Model],
+    number: usize,
     operation: Operation,
     time_ms: i64,
+    upkeep: &Upkeep,
 ) {
+    let session = &sessions[number];
+    let model = &mut models[number];
     let key = |(id, body): (u8, bool)| request(&id.to_string(), if body { "1" } else { "2" });
     let context = format!("{operation:?} on {session}");
     match operation {
@@ -238,14 +348,9 @@ async fn step(
                     .map(|offset| model.last_sequence + offset),
                 expected_epoch: expected_epoch.map(|offset| Epoch(model.epoch + offset)),
             };
-            let right = model.append(&append);
+            let right = model.append(&append, upkeep);
             let answer = store.append(session, append).await;
             assert!(right.contains(&answer), "{context}\n{answer:?}\n{right:?}");
-        }
-        Operation::Recall { request } => {
-            let request = key(request);
-            let answer = store.recall(session, &request).await;
-            assert_eq!(answer, model.recall(&request), "{context}");
         }
         Operation::Read {
             is_newest_first,
@@ -284,11 +389,89 @@ async fn step(
             let answer = store.clear(session).await;
             assert_eq!(answer, Ok(model.clear()), "{context}");
         }
+        Operation::Rewind { after, request } => {
+            let key = |(id, body): (u8, bool)| {
+                RequestKey::new("rewind", &[id].escape_ascii().to_string(), &[body.into()])
+            };
+            let rewind = Rewind {
+                after: (model.last_sequence + after).max(0),
+                request: request.map_or_else(fresh_request, key),
+                time_ms,
+            };
+            let answer = store.rewind(session, rewind).await;
+            assert_eq!(answer, model.rewind(&rewind), "{context}");
+        }
+        Operation::Fork { to, through } => {
+            let through = through.map(|offset| (model.last_sequence + offset).max(1));
+            let asked = Fork {
+                to: sessions[to].clone(),
+                through,
+            };
+            let right = fork(models, number, to, through);
+            let answer = match store.fork(session, asked).await.unwrap() {
+                Forked::Done(seen) => {
+                    assert_eq!(seen.count, models[to].elements.len() as i64, "{context}");
+                    "done"
+                }
+                Forked::Empty => "empty",
+                Forked::Exists => "exists",
+                Forked::Changed => "changed",
+            };
+            assert_eq!(answer, right, "{context}");
+        }
+        Operation::Look { at } => {
+            let at = (model.last_sequence + at).max(0);
+            let look = Look {
+                at,
+                with_request: false,
+            };
+            let seen = store.look(session, look).await.unwrap();
+            let first = model.elements.first().map_or(0, |(sequence, _)| *sequence);
+            assert_eq!(
+                (seen.count, seen.first_sequence, seen.last_sequence),
+                (model.elements.len() as i64, first, model.last_sequence),
+                "{context}"
+            );
+            assert_eq!(
+                (seen.floor, seen.epoch),
+                (model.floor(at), Epoch(model.epoch)),
+                "{context}"
+            );
+            // What is said of a session without elements nobody asks for.
+            if !model.elements.is_empty() {
+                let origin = seen.about.origin.map(|origin| origin.session);
+                let right = model.origin.map(|(from, _)| sessions[from].clone());
+                assert_eq!(
+                    (&seen.about.title, origin),
+                    (&model.title, right),
+                    "{context}"
+                );
+            }
+        }
+        Operation::Title { title } => {
+            let title = title.to_string();
+            let update = Update {
+                title: Some(title.clone()),
+                ..Update::default()
+            };
+            let seen = store.update_session(session, update).await.unwrap();
+            assert_eq!(seen.is_some(), !model.elements.is_empty(), "{context}");
+            if seen.is_some() {
+                model.title = title;
+            }
+        }
+        Operation::Expire => {
+            let answer = store.expire(session, 1_000).await;
+            assert_eq!(answer, Ok(!model.elements.is_empty()), "{context}");
+            if !model.elements.is_empty() {
+                *model = Model::default();
+            }
+        }
     }
 }
 
 /// Compares a store with the model, on many random lists of operations.
-fn behaves_as_the_model<B: Backend>(start: impl Future<Output = B>) {
+fn behaves_as_the_model<B: Backend>(start: impl Future<Output = B>, upkeep: Upkeep) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let backend = runtime.block_on(start);
     let store = backend.store();
@@ -310,8 +493,17 @@ fn behaves_as_the_model<B: Backend>(start: impl Future<Output = B>) {
             let mut models: Vec<Model> = sessions.iter().map(|_| Model::default()).collect();
             for (number, operation) in operations {
                 time_ms.set(time_ms.get() + 1);
-                let model = &mut models[number];
-                step(&*store, &sessions[number], model, operation, time_ms.get()).await;
+                let time_ms = time_ms.get();
+                step(
+                    &*store,
+                    &sessions,
+                    &mut models,
+                    number,
+                    operation,
+                    time_ms,
+                    &upkeep,
+                )
+                .await;
             }
             // At the end all of it is still as it should be.
             for (session, model) in sessions.iter().zip(&models) {
@@ -326,12 +518,28 @@ fn behaves_as_the_model<B: Backend>(start: impl Future<Output = B>) {
     }
 }
 
+const TRIMMED: Upkeep = Upkeep {
+    ttl_ms: None,
+    reads_extend: false,
+    elements_max: Some(ELEMENTS_MAX),
+};
+
 #[test]
 fn the_embedded_store_behaves_as_the_model() {
-    behaves_as_the_model(harness::stores::sqlite());
+    behaves_as_the_model(harness::stores::sqlite(), Upkeep::default());
 }
 
 #[test]
 fn the_redis_store_behaves_as_the_model() {
-    behaves_as_the_model(harness::stores::redis());
+    behaves_as_the_model(harness::stores::redis(), Upkeep::default());
+}
+
+#[test]
+fn the_embedded_store_trims_as_the_model() {
+    behaves_as_the_model(harness::stores::sqlite_with(TRIMMED), TRIMMED);
+}
+
+#[test]
+fn the_redis_store_trims_as_the_model() {
+    behaves_as_the_model(harness::stores::redis_with(TRIMMED), TRIMMED);
 }

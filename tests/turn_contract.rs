@@ -4,11 +4,15 @@
 mod harness;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use chat_memory::message::SessionId;
-use chat_memory::store::turns::{Begun, Chunk, FollowTurn, Stop, TakeTurn, Taken, TurnState};
-use chat_memory::store::{Error, RequestKey, Store};
+use chat_memory::store::turns::{
+    BeginTurn, Begun, Chunk, FOLLOWED_EVERY_MS, FollowTurn, PLACE_MS, Stop, TakeTurn, Taken,
+    TurnState, WAITING_MAX,
+};
+use chat_memory::store::{Error, List, RequestKey, Store};
 use futures_util::future::join_all;
 use harness::stores::{Backend, batch, fresh_session, read_all, texts};
 use harness::turns::{begin, brief_lease, end, follow, keep, lease, leased, take};
@@ -252,6 +256,309 @@ async fn a_clear_removes_turns(store: Shared, s: SessionId) {
     assert_eq!(got.attempt, 1);
 }
 
+/// A call that waits in line.
+fn waiting(id: &str) -> BeginTurn {
+    BeginTurn {
+        waits: true,
+        ..begin(id, lease())
+    }
+}
+
+async fn calls_that_wait_get_their_turns_in_the_order_in_which_they_came(
+    store: Shared,
+    s: SessionId,
+) {
+    let mut running = begin("a", lease());
+    store.begin_turn(&s, running.clone()).await.unwrap();
+    let mut line = ["b", "c", "d"].map(waiting).to_vec();
+    for (before, call) in line.iter().enumerate() {
+        let asked = store.begin_turn(&s, call.clone()).await;
+        let expired = None;
+        assert_eq!(asked, Ok(Begun::Waiting { before, expired }));
+    }
+    while !line.is_empty() {
+        // While the turn runs and once it has ended, whoever asks first.
+        let stored = end(running.key.id, running.lease.token, &["x"]);
+        for has_ended in [false, true] {
+            if has_ended {
+                store.end_turn(&s, stored.clone()).await.unwrap();
+            }
+            for (before, call) in line.iter().enumerate().skip(1).rev() {
+                let asked = store.begin_turn(&s, call.clone()).await;
+                let expired = None;
+                assert_eq!(asked, Ok(Begun::Waiting { before, expired }));
+            }
+            let first = store.begin_turn(&s, line[0].clone()).await.unwrap();
+            if has_ended {
+                assert_eq!(leased(first).attempt, 1);
+            } else {
+                let expired = None;
+                assert_eq!(first, Begun::Waiting { before: 0, expired });
+            }
+        }
+        running = line.remove(0);
+    }
+}
+
+async fn only_so_many_calls_wait_in_line(store: Shared, s: SessionId) {
+    store.begin_turn(&s, begin("a", lease())).await.unwrap();
+    let line: Vec<BeginTurn> = (0..=WAITING_MAX)
+        .map(|number| waiting(&number.to_string()))
+        .collect();
+    // All ask anew until no place is lost meanwhile.
+    until("the line is full", async || {
+        let calls = line.iter().map(|call| store.begin_turn(&s, call.clone()));
+        let (mut have_a_place, mut is_full) = (0, 0);
+        for answer in join_all(calls).await {
+            match answer.unwrap() {
+                Begun::Waiting { before, .. } if before < WAITING_MAX => have_a_place += 1,
+                Begun::LineFull => is_full += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        (have_a_place == WAITING_MAX && is_full == 1).then_some(())
+    })
+    .await;
+    let busy = store.begin_turn(&s, begin("b", lease())).await.unwrap();
+    assert!(matches!(busy, Begun::Busy { .. }), "{busy:?}");
+}
+
+async fn a_place_in_line_is_lost_unless_its_call_asks_again(store: Shared, s: SessionId) {
+    let first = begin("a", lease());
+    store.begin_turn(&s, first.clone()).await.unwrap();
+    let (lost, kept) = (waiting("b"), waiting("c"));
+    let began = Instant::now();
+    store.begin_turn(&s, lost.clone()).await.unwrap();
+    let behind = store.begin_turn(&s, kept.clone()).await;
+    let (before, expired) = (1, None);
+    assert_eq!(behind, Ok(Begun::Waiting { before, expired }));
+    until("the place before it is lost", async || {
+        let asked = store.begin_turn(&s, kept.clone()).await.unwrap();
+        let (before, expired) = (0, None);
+        (asked == Begun::Waiting { before, expired }).then_some(())
+    })
+    .await;
+    assert!(began.elapsed() >= Duration::from_millis(PLACE_MS as u64));
+    // Who lost it stands at the end.
+    let again = store.begin_turn(&s, lost).await;
+    let (before, expired) = (1, None);
+    assert_eq!(again, Ok(Begun::Waiting { before, expired }));
+    let end = end(first.key.id, first.lease.token, &["x"]);
+    store.end_turn(&s, end).await.unwrap();
+    leased(store.begin_turn(&s, kept).await.unwrap());
+}
+
+async fn a_call_in_line_is_told_of_a_running_turn_whose_lease_has_run_out(
+    store: Shared,
+    s: SessionId,
+) {
+    let first = begin("a", brief_lease());
+    let turn = first.key.id;
+    store.begin_turn(&s, first).await.unwrap();
+    until_expired(&store, &s, turn).await;
+    let asked = store.begin_turn(&s, waiting("b")).await;
+    let (before, expired) = (0, Some(turn));
+    assert_eq!(asked, Ok(Begun::Waiting { before, expired }));
+}
+
+async fn an_ended_turn_is_forgotten_after_its_retention_and_its_id_is_free(
+    store: Shared,
+    s: SessionId,
+) {
+    let mut other = begin("a", lease());
+    other.key = RequestKey::new("turn", "a", b"other");
+    for elements in [&["q", "r"][..], &[]] {
+        let first = begin("a", lease());
+        let turn = first.key.id;
+        let got = leased(store.begin_turn(&s, first.clone()).await.unwrap());
+        assert_eq!((got.attempt, got.first_event, got.next_chunk), (1, 1, 0));
+        let mut end = end(turn, first.lease.token, elements);
+        (end.retention_ms, end.chunk) = (
+            50,
+            Some(Chunk {
+                index: 0,
+                bytes: "said".into(),
+            }),
+        );
+        store.end_turn(&s, end.clone()).await.unwrap();
+        until("the turn is forgotten", async || {
+            let followed = store.follow_turn(&s, follow(turn)).await.unwrap();
+            followed.is_none().then_some(())
+        })
+        .await;
+        let stopped = store.stop_turn(&s, Some(turn), Stop::Keep).await;
+        assert_eq!(stopped, Ok(None));
+        let late = store.end_turn(&s, end).await;
+        assert_eq!(late, Err(Error::Cleared));
+    }
+    // Also for another request; and nothing of the old log is left.
+    let turn = other.key.id;
+    let got = leased(store.begin_turn(&s, other).await.unwrap());
+    assert_eq!((got.attempt, got.first_event, got.next_chunk), (1, 1, 0));
+    let followed = store.follow_turn(&s, follow(turn)).await.unwrap().unwrap();
+    assert!(followed.chunks.is_empty());
+    assert_eq!(texts(&read_all(&*store, &s).await), ["q", "r"]);
+}
+
+async fn a_running_turn_that_nobody_keeps_is_forgotten_too(store: Shared, s: SessionId) {
+    // It is forgotten by itself, not with all turns of the session.
+    let other = begin("z", lease());
+    store.begin_turn(&s, other.clone()).await.unwrap();
+    store
+        .end_turn(&s, end(other.key.id, other.lease.token, &[]))
+        .await
+        .unwrap();
+    let mut brief = brief_lease();
+    brief.retention_ms = 1;
+    let first = begin("a", brief);
+    let turn = first.key.id;
+    store.begin_turn(&s, first.clone()).await.unwrap();
+    until("the turn is forgotten", async || {
+        let followed = store.follow_turn(&s, follow(turn)).await.unwrap();
+        followed.is_none().then_some(())
+    })
+    .await;
+    let taken = store.take_turn(&s, take(turn, lease())).await;
+    assert_eq!(taken, Ok(Taken::Gone));
+    let ended = store.end_turn(&s, end(turn, brief.token, &["x"])).await;
+    assert_eq!(ended, Err(Error::Cleared));
+    assert!(read_all(&*store, &s).await.elements.is_empty());
+    leased(store.begin_turn(&s, begin("b", lease())).await.unwrap());
+}
+
+async fn turns_of_two_sessions_do_not_disturb_each_other(store: Shared, s: SessionId) {
+    let other = fresh_session();
+    let (here, there) = (begin("a", lease()), begin("a", lease()));
+    let turn = here.key.id;
+    for (session, call, text) in [(&s, &here, "here"), (&other, &there, "there")] {
+        leased(store.begin_turn(session, call.clone()).await.unwrap());
+        let mut keep = keep(turn, call.lease);
+        keep.chunk = Some(Chunk {
+            index: 0,
+            bytes: text.into(),
+        });
+        store.keep_turn(session, keep).await.unwrap();
+    }
+    let asked = store.begin_turn(&other, waiting("b")).await;
+    let (before, expired) = (0, None);
+    assert_eq!(asked, Ok(Begun::Waiting { before, expired }));
+
+    store.stop_turn(&s, None, Stop::Keep).await.unwrap();
+    let foreign = store.keep_turn(&s, keep(turn, there.lease)).await;
+    assert_eq!(foreign, Err(Error::LeaseLost));
+    let end_here = end(turn, here.lease.token, &["q"]);
+    store.end_turn(&s, end_here).await.unwrap();
+    store.clear(&s).await.unwrap();
+    assert_eq!(store.follow_turn(&s, follow(turn)).await, Ok(None));
+
+    let kept = store.keep_turn(&other, keep(turn, there.lease)).await;
+    assert_eq!(kept.unwrap().stop, None);
+    let followed = store.follow_turn(&other, follow(turn)).await;
+    assert_eq!(followed.unwrap().unwrap().chunks, ["there"]);
+    let end_there = end(turn, there.lease.token, &["r"]);
+    store.end_turn(&other, end_there).await.unwrap();
+    assert_eq!(texts(&read_all(&*store, &other).await), ["r"]);
+    assert!(read_all(&*store, &s).await.elements.is_empty());
+}
+
+async fn a_stop_leaves_an_ended_turn_as_it_is(store: Shared, s: SessionId) {
+    let first = begin("a", lease());
+    let turn = first.key.id;
+    for (elements, attempt) in [(&[][..], 1), (&["q", "r"][..], 2)] {
+        let lease = lease();
+        let got = leased(store.begin_turn(&s, begin("a", lease)).await.unwrap());
+        // A stop of the attempt before is not one of this.
+        assert_eq!((got.attempt, got.stop), (attempt, None));
+        let state = store.end_turn(&s, end(turn, lease.token, elements)).await;
+        let state = state.unwrap();
+        for stop in [Stop::Keep, Stop::Discard] {
+            assert_eq!(store.stop_turn(&s, None, stop).await, Ok(None));
+            let stopped = store.stop_turn(&s, Some(turn), stop).await;
+            let stopped = stopped.unwrap().unwrap();
+            assert_eq!((stopped.turn, stopped.name.as_str()), (turn, "a"));
+            assert_eq!(stopped.state, state);
+            let followed = store.follow_turn(&s, follow(turn)).await.unwrap().unwrap();
+            assert_eq!(followed.state, state);
+        }
+    }
+    assert_eq!(texts(&read_all(&*store, &s).await), ["q", "r"]);
+}
+
+async fn a_session_without_messages_is_not_listed_for_its_turns(store: Shared, s: SessionId) {
+    let is_listed = async || {
+        let mut cursor = None;
+        loop {
+            let list = List {
+                prefix: s.as_str().to_owned(),
+                cursor,
+                limit: 100,
+            };
+            let page = store.sessions(list).await.unwrap();
+            if page.sessions.contains(&s) {
+                return true;
+            }
+            cursor = page.next;
+            if cursor.is_none() {
+                return false;
+            }
+        }
+    };
+    let first = begin("a", lease());
+    let turn = first.key.id;
+    store.begin_turn(&s, first.clone()).await.unwrap();
+    store.begin_turn(&s, waiting("b")).await.unwrap();
+    assert!(!is_listed().await);
+    store
+        .end_turn(&s, end(turn, first.lease.token, &[]))
+        .await
+        .unwrap();
+    assert!(!is_listed().await);
+    let again = begin("a", lease());
+    store.begin_turn(&s, again.clone()).await.unwrap();
+    let end = end(turn, again.lease.token, &["q"]);
+    store.end_turn(&s, end).await.unwrap();
+    assert!(is_listed().await);
+}
+
+/// Not in the suite: a store that serves one server only takes no note.
+#[tokio::test]
+async fn a_noted_follower_is_told_to_the_holder_in_redis() {
+    let backend = harness::stores::redis().await;
+    let (store, s) = (backend.store(), fresh_session());
+    let first = begin("a", lease());
+    let turn = first.key.id;
+    store.begin_turn(&s, first.clone()).await.unwrap();
+    let followed_ms_ago = async || {
+        let kept = store.keep_turn(&s, keep(turn, first.lease)).await;
+        kept.unwrap().followed_ms_ago
+    };
+    let noted = FollowTurn {
+        is_noted: true,
+        ..follow(turn)
+    };
+    store.follow_turn(&s, follow(turn)).await.unwrap();
+    assert_eq!(followed_ms_ago().await, None);
+    store.follow_turn(&s, noted).await.unwrap();
+    until("the note is old", async || {
+        store.follow_turn(&s, follow(turn)).await.unwrap();
+        let ago_ms = followed_ms_ago().await.expect("a note");
+        (ago_ms > FOLLOWED_EVERY_MS).then_some(())
+    })
+    .await;
+    let asked = Instant::now();
+    store.follow_turn(&s, noted).await.unwrap();
+    let ago_ms = followed_ms_ago().await.expect("a note");
+    assert!(
+        ago_ms as u128 <= asked.elapsed().as_millis() + 1,
+        "{ago_ms}"
+    );
+    // What follows a turn that has ended changes nothing.
+    let end = end(turn, first.lease.token, &["q"]);
+    let ended = store.end_turn(&s, end).await.unwrap();
+    let followed = store.follow_turn(&s, noted).await.unwrap().unwrap();
+    assert_eq!(followed.state, ended);
+}
+
 /// Makes a test of each rule for one store: a function of `harness::stores`.
 macro_rules! contract {
     ($backend:ident) => {
@@ -271,6 +578,15 @@ macro_rules! contract {
                 the_last_try_fails_the_turn,
                 an_expired_lease_is_its_holders_until_taken,
                 a_stop_reaches_the_holder,
+                calls_that_wait_get_their_turns_in_the_order_in_which_they_came,
+                only_so_many_calls_wait_in_line,
+                a_place_in_line_is_lost_unless_its_call_asks_again,
+                a_call_in_line_is_told_of_a_running_turn_whose_lease_has_run_out,
+                an_ended_turn_is_forgotten_after_its_retention_and_its_id_is_free,
+                a_running_turn_that_nobody_keeps_is_forgotten_too,
+                turns_of_two_sessions_do_not_disturb_each_other,
+                a_stop_leaves_an_ended_turn_as_it_is,
+                a_session_without_messages_is_not_listed_for_its_turns,
                 a_clear_removes_turns,
             }
         }

@@ -66,6 +66,11 @@ impl Bells {
         self.ropes().keys().cloned().collect()
     }
 
+    /// Whether there is no bell.
+    pub fn is_empty(&self) -> bool {
+        self.ropes().is_empty()
+    }
+
     /// Whether the session has a bell.
     pub fn has(&self, session: &SessionId) -> bool {
         self.ropes().contains_key(session)

@@ -72,10 +72,6 @@ pub trait Store: TurnStore + SessionStore {
     /// Adds elements at the end of a session.
     async fn append(&self, session: &SessionId, append: Append) -> Result<Appended>;
 
-    /// Returns what an append under this key stored, if it did within 24 hours;
-    /// [`Error::RequestReused`] if its fingerprint differs.
-    async fn recall(&self, session: &SessionId, request: &RequestKey) -> Result<Option<Appended>>;
-
     /// Returns a page of a session's elements.
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page>;
 
@@ -91,12 +87,11 @@ pub trait Store: TurnStore + SessionStore {
     /// begins a new walk.
     async fn sessions(&self, list: List) -> Result<SessionsPage>;
 
-    /// When the session will be gone by itself; `None` if it will not, or if the store knows no
-    /// expiry.
+    /// When the session will be gone by itself; `None` if it will not.
     async fn expiry(&self, session: &SessionId) -> Result<Option<UnixMillis>>;
 
     /// Lets a session that has elements and no expiry expire at that time. Says whether it does
-    /// now: an expiry that somebody else has set stands, and a store may know none.
+    /// now: an expiry that somebody else has set stands.
     async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool>;
 
     /// Whether the store can be reached, and its changes.

@@ -38,7 +38,9 @@ pub const FOLLOWED_EVERY_MS: i64 = 1_000;
 /// | failed | `begin_turn` with the same request | the request, the log, why it failed |
 ///
 /// A record is forgotten the given retention after its end, and at once when its session is
-/// cleared, by us or by others, or expires. A running turn whose record is gone has ended.
+/// cleared, by us or by others. A running turn whose record is gone has ended. When a session
+/// expires, the turns that have ended are forgotten with it; one that runs goes on, since nobody
+/// took back what was accepted, and its messages are the first of a session that starts anew.
 ///
 /// # Contract
 ///

@@ -1,6 +1,8 @@
 //! What happens in a turn, and how it is written down: a chunk of the log is lines of JSON, one an
 //! event, after a line with the number of its first event. Does no I/O.
 
+use std::borrow::Cow;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +28,11 @@ pub struct Started {
     pub turn_id: String,
     pub model: String,
     pub history_messages: usize,
+    /// Their tokens, if they were counted, and by which tokenizer.
+    #[serde(default)]
+    pub history_tokens: usize,
+    #[serde(default)]
+    pub tokenizer: Cow<'static, str>,
     /// 1 for the first. What an earlier one said is void.
     pub attempt: u32,
 }
@@ -162,6 +169,8 @@ mod tests {
             turn_id: "t".to_owned(),
             model: "m".to_owned(),
             history_messages: 3,
+            history_tokens: 4,
+            tokenizer: "o200k_base".into(),
             attempt: 2,
         });
         let call = Event::Delta(Delta {

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     error::Error,
     message::SessionId,
+    metrics,
     store::{
         self,
         turns::{FollowTurn, TurnId, TurnState},
@@ -35,6 +36,7 @@ pub struct Follower {
     source: Source,
     /// The next chunk to read from the store.
     chunk: u32,
+    _counted: metrics::Lasting,
 }
 
 enum Source {
@@ -69,6 +71,7 @@ impl Follower {
             taken,
             source: attach(held),
             chunk: 0,
+            _counted: metrics::turn_followed(),
         }
     }
 
@@ -80,6 +83,7 @@ impl Follower {
             taken: call.resume_after,
             source: read_store(),
             chunk: 0,
+            _counted: metrics::turn_followed(),
         }
     }
 

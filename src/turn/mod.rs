@@ -8,6 +8,7 @@
 //! - [`log`]: the newest events, in memory
 //! - [`runner`]: one attempt at a turn, from its lease to its end
 //! - [`follower`]: reads a turn's events, wherever it runs
+//! - [`report`]: how it stands with a turn, for who looks at its session
 //! - this file: who runs what; begins, stops and adopts turns
 //!
 //! # States
@@ -44,8 +45,10 @@ use tokio_util::{
 
 use crate::{
     error::{Error, Recorded},
+    history::Asked,
     langchain,
     message::{Draft, Message, PAGE_BYTES_MAX, SessionId},
+    metrics::{self, Outcome},
     model::{Model, Prompt},
     store::{
         self, Appended, Body, Element, Order, Read, RequestKey, Sequence, Store,
@@ -59,11 +62,13 @@ use log::{End, Log};
 
 pub use events::{Completed, Delta, Event, Started};
 pub use follower::Follower;
+pub use report::{Report, State};
 
 pub mod events;
 mod follower;
 mod log;
 mod outcome;
+mod report;
 mod runner;
 
 /// Numbers of events that a server may use ahead of what it has written to the store's log.
@@ -82,6 +87,9 @@ const STORE_PATIENCE: Duration = Duration::from_secs(3);
 const ADOPT_EVERY: Duration = Duration::from_secs(5);
 /// Turns of others that this server looks at each time.
 const ADOPT_MAX: usize = 16;
+/// Bytes of all answers together that are kept for a store that is away: as much as a server of the
+/// smallest kind can spare. 64 of the longest, or tens of thousands of usual ones.
+const KEPT_BYTES_MAX: usize = 64 << 20;
 /// How often a turn is tried before it counts as failed.
 const TRIES_MAX: u32 = 3;
 
@@ -92,8 +100,8 @@ pub struct Ask {
     pub drafts: Vec<Draft>,
     /// The model, system prompt, tools and options. Its messages are filled in by the turn.
     pub prompt: Prompt,
-    /// Messages of history at most.
-    pub history_messages: Option<usize>,
+    /// How much history; if nothing is said, as the settings say.
+    pub history: Asked,
 }
 
 /// Reads what was asked from its bytes, which are kept with the turn so that another server can run
@@ -137,8 +145,11 @@ pub struct Settings {
     pub lease: Duration,
     /// How long a turn is remembered after its end.
     pub retention: Duration,
-    /// Whether this server runs turns whose servers have died.
+    /// Whether this server looks for turns whose servers have died, so that they run although nobody
+    /// asks for them.
     pub adopts: bool,
+    /// Bytes of answers to keep for a store that is away, all together.
+    pub kept_bytes_max: usize,
 }
 
 impl Default for Settings {
@@ -150,6 +161,7 @@ impl Default for Settings {
             lease: Duration::from_secs(10),
             retention: Duration::from_secs(24 * 60 * 60),
             adopts: true,
+            kept_bytes_max: KEPT_BYTES_MAX,
         }
     }
 }
@@ -166,6 +178,8 @@ struct Shared {
     /// The turns that this server has.
     held: Mutex<HashMap<(SessionId, TurnId), Arc<Held>>>,
     permits: Arc<Semaphore>,
+    /// Of bytes: what answers may still be kept.
+    kept_bytes: Arc<Semaphore>,
     tasks: TaskTracker,
     /// Ends all turns.
     abort: CancellationToken,
@@ -200,6 +214,7 @@ impl Turns {
         let is_reachable = *store.reachable().borrow();
         let shared = Arc::new(Shared {
             permits: Arc::new(Semaphore::new(settings.turns_max)),
+            kept_bytes: Arc::new(Semaphore::new(settings.kept_bytes_max)),
             store,
             model,
             parse,
@@ -365,6 +380,7 @@ impl Turns {
         });
         let key = (run.session.clone(), run.turn);
         lock(&self.0.held).insert(key, Arc::clone(&held));
+        metrics::attempt_begun();
         let runner = runner::Runner::new(Arc::clone(&self.0), held, run);
         self.0.tasks.spawn(runner.run());
     }
@@ -401,15 +417,23 @@ impl Turns {
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<(), Error> {
         let lease = self.0.lease(Token::new());
+        let abandoned = outcome::write(&Recorded::of(&Error::TurnAbandoned));
         let take = TakeTurn {
             turn,
             lease,
             by_force: permit.is_none(),
-            tries_max: if self.0.settings.adopts { TRIES_MAX } else { 1 },
-            outcome: outcome::write(&Recorded::of(&Error::TurnAbandoned)),
+            tries_max: TRIES_MAX,
+            outcome: abandoned.clone(),
         };
-        if let Taken::Leased(leased) = self.0.store.take_turn(&session, take).await? {
+        let taken = self.0.store.take_turn(&session, take).await?;
+        if matches!(&taken, Taken::Ended(TurnState::Failed { outcome }) if *outcome == abandoned) {
+            metrics::turn_ended(Outcome::Abandoned);
+        }
+        if let Taken::Leased(leased) = taken {
             tracing::info!(attempt = leased.attempt, "a turn is taken over here");
+            if permit.is_some() {
+                metrics::turn_adopted();
+            }
             self.run(Run {
                 session,
                 turn,
@@ -469,6 +493,17 @@ impl Turns {
         }
     }
 
+    /// What was asked of a turn, from its request's bytes.
+    pub fn question(&self, request: &[u8]) -> Result<Vec<Draft>, Error> {
+        Ok((self.0.parse)(request)?.drafts)
+    }
+
+    /// What the last attempt at a turn has said, as far as it is in its log.
+    pub async fn said(&self, session: &SessionId, turn: TurnId) -> Result<Draft, Error> {
+        let answer = runner::read_answer(&*self.0.store, session, turn).await?;
+        Ok(answer.draft())
+    }
+
     /// Takes no more turns and waits for the running ones to end.
     pub async fn finish(&self) {
         self.0.tasks.close();
@@ -479,6 +514,11 @@ impl Turns {
     pub fn abort(&self) {
         self.0.tasks.close();
         self.0.abort.cancel();
+    }
+
+    /// The model that answers if a turn names none.
+    pub fn default_model(&self) -> &str {
+        self.0.model.default_model()
     }
 
     /// How many turns run now.

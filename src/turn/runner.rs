@@ -4,31 +4,33 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+};
 
 use super::{
     Ask, Held, Run, Shared,
     events::{self, Completed, Delta, Event, Started},
     lock,
     log::End,
-    look, outcome, read_message, to_ms,
+    look, outcome, to_ms,
 };
 use crate::{
     error::{Error, Recorded},
+    history::{self, Asked, History, Wanted},
     langchain,
-    message::{
-        ANSWER_BYTES_MAX, Draft, Json, Message, PAGE_BYTES_MAX, Role, now_ms, stored_messages,
-    },
+    message::{ANSWER_BYTES_MAX, Draft, Json, Role, SessionId, now_ms, stored_messages},
+    metrics::{self, Outcome},
     model::{self, FinishReason, Piece, Prompt},
     store::{
-        self, Body, Element, Order, Read,
-        turns::{EndTurn, FollowTurn, KeepTurn, Kept, Lease, Stop, TurnState},
+        self, Body, Store,
+        turns::{EndTurn, FollowTurn, KeepTurn, Kept, Lease, Stop, TurnId, TurnState},
     },
-    window,
+    tokens::Tokenizer,
+    window::Purpose,
 };
 
-/// Bytes of stored history that one turn reads, at most. Models take far less.
-const HISTORY_BYTES_MAX: usize = 16 << 20;
 /// How often what was said is written to the store's log, at most.
 const WRITE_EVERY: Duration = Duration::from_millis(250);
 /// How often the store is asked whether the turn is to stop, at least.
@@ -51,6 +53,13 @@ pub(super) struct Runner {
     shared: Arc<Shared>,
     held: Arc<Held>,
     run: Run,
+    _counted: metrics::Lasting,
+}
+
+/// A complete answer that the store has not taken yet.
+struct KeptAnswer {
+    _room: OwnedSemaphorePermit,
+    _counted: [metrics::Lasting; 2],
 }
 
 impl Drop for Runner {
@@ -63,7 +72,7 @@ impl Drop for Runner {
 
 /// An answer, as far as it has come.
 #[derive(Default)]
-struct Answer {
+pub(super) struct Answer {
     text: String,
     reasoning: String,
     tool_call_bytes: usize,
@@ -81,6 +90,44 @@ impl Answer {
             self.tool_call_bytes += call.arguments.len();
         }
     }
+
+    /// The answer as a message, without tool calls.
+    pub(super) fn draft(self) -> Draft {
+        let mut draft = Draft::text(Role::Assistant, self.text);
+        draft.reasoning = Some(self.reasoning).filter(|reasoning| !reasoning.is_empty());
+        draft
+    }
+}
+
+/// Reads from the log what the last attempt at a turn said.
+pub(super) async fn read_answer(
+    store: &dyn Store,
+    session: &SessionId,
+    turn: TurnId,
+) -> Result<Answer, Error> {
+    let mut answer = Answer::default();
+    let mut follow = FollowTurn {
+        from_chunk: 0,
+        bytes_max: LOG_BYTES_MAX,
+        ..look(turn)
+    };
+    loop {
+        let found = store.follow_turn(session, follow).await?;
+        let found = found.ok_or(store::Error::Cleared)?;
+        for chunk in &found.chunks {
+            for (_, event) in events::read_chunk(chunk)? {
+                match event {
+                    Event::Started(_) => answer = Answer::default(),
+                    Event::Delta(delta) => answer.add(&delta),
+                    Event::Completed(_) => {}
+                }
+            }
+        }
+        if !found.more {
+            return Ok(answer);
+        }
+        follow.from_chunk = found.next_chunk;
+    }
 }
 
 /// How the model's part of a turn ended.
@@ -89,17 +136,26 @@ enum Ending {
     Stopped(Stop),
     Failed(Error),
     /// The turn is not this server's any more.
-    Lost,
+    Lost(Outcome),
     /// This server stops.
     GivenUp,
 }
 
 impl Runner {
     pub(super) fn new(shared: Arc<Shared>, held: Arc<Held>, run: Run) -> Self {
-        Self { shared, held, run }
+        Self {
+            shared,
+            held,
+            run,
+            _counted: metrics::turn_runs(),
+        }
     }
 
     pub(super) async fn run(self) {
+        metrics::turn_ended(self.run_to_end().await);
+    }
+
+    async fn run_to_end(&self) -> Outcome {
         let ask = match (self.shared.parse)(&self.run.leased.request) {
             Ok(ask) => ask,
             Err(error) => return self.fail(error).await,
@@ -107,10 +163,16 @@ impl Runner {
         let mut answer = Answer::default();
         let ending = match self.run.leased.stop {
             // Its last holder did not come to stop it.
-            Some(stop) => match self.read_answer(&mut answer).await {
-                Ok(()) => Ending::Stopped(stop),
-                Err(_) => Ending::GivenUp,
-            },
+            Some(stop) => {
+                let store = &*self.shared.store;
+                match read_answer(store, &self.run.session, self.run.turn).await {
+                    Ok(said) => {
+                        answer = said;
+                        Ending::Stopped(stop)
+                    }
+                    Err(_) => Ending::GivenUp,
+                }
+            }
             None => {
                 let limit = self.shared.settings.turn_limit;
                 let abort = self.shared.abort.clone();
@@ -129,11 +191,11 @@ impl Runner {
         match ending {
             Ending::Complete(end) => self.store(ask, answer, Some(end)).await,
             Ending::Stopped(Stop::Keep) if !answer.text.is_empty() => {
-                self.store(ask, answer, None).await;
+                self.store(ask, answer, None).await
             }
             Ending::Stopped(_) => self.fail(Error::TurnStopped).await,
             Ending::Failed(error) => self.fail(error).await,
-            Ending::Lost => {}
+            Ending::Lost(outcome) => outcome,
             Ending::GivenUp => self.give_up().await,
         }
     }
@@ -176,9 +238,9 @@ impl Runner {
                         return Ending::Stopped(stop);
                     }
                 }
-                Err(store::Error::LeaseLost | store::Error::Cleared) => {
+                Err(error @ (store::Error::LeaseLost | store::Error::Cleared)) => {
                     tracing::info!("a turn that ran here was taken or cleared");
-                    return Ending::Lost;
+                    return Ending::Lost(outcome_of(&error));
                 }
                 // The turn goes on: the store may be back before it ends.
                 Err(error) => tracing::debug!(%error, "the log of a turn cannot be written"),
@@ -188,13 +250,19 @@ impl Runner {
 
     /// Gives history and new messages to the model, and passes on what it says.
     async fn ask(&self, ask: &Ask, answer: &mut Answer) -> Result<model::End, Error> {
-        let newest = self.history(ask).await?;
-        check_results(&newest, &ask.drafts)?;
-        let history = window::choose(newest);
+        let mut begun_at = Some(Instant::now());
+        let model = self.model(&ask.prompt).to_owned();
+        let is_counted = ask.history.is_counted();
+        let tokenizer = is_counted.then(|| Tokenizer::of_model(&model));
+        let read = self.history(ask, tokenizer).await?;
+        let messages = read.entries.into_iter().filter_map(|entry| entry.message);
+        let history: Vec<Draft> = messages.map(|message| message.draft).collect();
         self.held.log.push(Event::Started(Started {
             turn_id: self.held.name.clone(),
-            model: self.model(&ask.prompt).to_owned(),
+            model,
             history_messages: history.len(),
+            history_tokens: read.tokens,
+            tokenizer: tokenizer.map_or("", Tokenizer::name).into(),
             attempt: self.run.leased.attempt,
         }));
         let mut prompt = ask.prompt.clone();
@@ -214,6 +282,9 @@ impl Runner {
                 }
                 Piece::End(end) => return Ok(end),
             }
+            if let Some(begun_at) = begun_at.take() {
+                metrics::first_token(begun_at.elapsed());
+            }
             let before = answer.size();
             answer.add(&delta);
             log_bytes += answer.size() - before + PIECE_BYTES;
@@ -232,72 +303,40 @@ impl Runner {
         prompt.model.as_deref().unwrap_or(default_model)
     }
 
-    /// The newest messages of the session that can be read, oldest first.
-    async fn history(&self, ask: &Ask) -> Result<Vec<Message>, Error> {
-        let default = self.shared.settings.history_messages;
-        let wanted = ask.history_messages.unwrap_or(default);
-        let mut newest: Vec<Element> = Vec::new();
-        let mut bytes_left = HISTORY_BYTES_MAX;
-        let mut before = None;
-        loop {
-            let read = Read {
-                order: Order::NewestFirst,
-                after: 0,
-                before,
-                last: None,
-                limit: (wanted - newest.len()).max(1),
-                bytes_max: PAGE_BYTES_MAX,
-            };
-            let page = self.shared.store.read(&self.run.session, read).await?;
-            for element in page.elements {
-                if let Body::Bytes(bytes) = &element.body {
-                    let left = bytes_left.checked_sub(bytes.len());
-                    let limit = HISTORY_BYTES_MAX;
-                    bytes_left = left.ok_or(Error::HistoryTooLarge { limit })?;
-                }
-                before = Some(element.sequence);
-                newest.push(element);
-            }
-            if !page.more || newest.len() >= wanted {
-                break;
-            }
+    /// What the model is given of the session.
+    async fn history(&self, ask: &Ask, tokenizer: Option<Tokenizer>) -> Result<History, Error> {
+        let mut bounds = ask.history;
+        if bounds == Asked::default() {
+            bounds.messages = Some(self.shared.settings.history_messages);
         }
-        newest.truncate(wanted);
-        newest.reverse();
-        Ok(newest.iter().filter_map(read_message).collect())
-    }
-
-    /// Reads from the log what the last attempt said.
-    async fn read_answer(&self, answer: &mut Answer) -> Result<(), Error> {
-        let mut follow = FollowTurn {
-            from_chunk: 0,
-            bytes_max: LOG_BYTES_MAX,
-            ..look(self.run.turn)
+        let system = ask.prompt.system.as_ref();
+        let system = system.map(|text| Draft::text(Role::System, text));
+        let wanted = Wanted {
+            before: None,
+            bounds,
+            tokenizer,
+            besides: system
+                .into_iter()
+                .chain(ask.drafts.iter().cloned())
+                .collect(),
+            purpose: Purpose::Asking(&ask.drafts),
+            bytes_max: history::BYTES_MAX,
+            weigh: |element, _| match &element.body {
+                Body::Bytes(bytes) => Some(bytes.len()),
+                Body::TooLarge(_) => None,
+            },
         };
-        loop {
-            let store = &self.shared.store;
-            let found = store.follow_turn(&self.run.session, follow).await?;
-            let found = found.ok_or(store::Error::Cleared)?;
-            for chunk in &found.chunks {
-                for (_, event) in events::read_chunk(chunk)? {
-                    match event {
-                        Event::Started(_) => *answer = Answer::default(),
-                        Event::Delta(delta) => answer.add(&delta),
-                        Event::Completed(_) => {}
-                    }
-                }
-            }
-            if !found.more {
-                return Ok(());
-            }
-            follow.from_chunk = found.next_chunk;
+        let read = history::read(&*self.shared.store, &self.run.session, wanted).await?;
+        if read.is_cut_by_bytes {
+            let limit = history::BYTES_MAX;
+            return Err(Error::HistoryTooLarge { limit });
         }
+        Ok(read)
     }
 
     /// Stores question and answer in one step. Without an end, the answer was stopped.
-    async fn store(&self, ask: Ask, answer: Answer, end: Option<model::End>) {
-        let mut draft = Draft::text(Role::Assistant, answer.text);
-        draft.reasoning = Some(answer.reasoning).filter(|reasoning| !reasoning.is_empty());
+    async fn store(&self, ask: Ask, answer: Answer, end: Option<model::End>) -> Outcome {
+        let mut draft = answer.draft();
         let interrupted = end.is_none();
         let mut finish_reason = FinishReason::Unspecified;
         let mut usage = None;
@@ -329,8 +368,10 @@ impl Runner {
                 usage,
             })
         });
-        let Some((number, TurnState::Completed { appended, .. })) = state.await else {
-            return;
+        let (number, appended) = match state.await {
+            Ok((number, TurnState::Completed { appended, .. })) => (number, appended),
+            Ok(_) => return Outcome::Failed,
+            Err(outcome) => return outcome,
         };
         let completed = Completed {
             messages: (appended.first_sequence..).zip(messages).collect(),
@@ -340,17 +381,32 @@ impl Runner {
         let completed = Box::new(completed);
         self.release();
         self.held.log.end(End::Completed { number, completed });
+        match interrupted {
+            true => Outcome::Stopped,
+            false => Outcome::Completed,
+        }
     }
 
     /// Ends the turn without storing anything in the history.
-    async fn fail(&self, error: Error) {
+    async fn fail(&self, error: Error) -> Outcome {
+        if matches!(error, Error::Model(_)) {
+            metrics::model_failed(error.reason().into_owned());
+        }
         // By its reason only: a provider's own words may quote the conversation.
         tracing::info!(reason = &*error.reason(), "a turn failed");
         let recorded = outcome::write(&Recorded::of(&error));
-        if self.end(Vec::new(), now_ms(), |_| recorded).await.is_some() {
-            self.release();
-        }
+        let outcome = match self.end(Vec::new(), now_ms(), |_| recorded).await {
+            Ok(_) => {
+                self.release();
+                match error {
+                    Error::TurnStopped => Outcome::Stopped,
+                    _ => Outcome::Failed,
+                }
+            }
+            Err(outcome) => outcome,
+        };
         self.held.log.end(End::Failed(error));
+        outcome
     }
 
     /// Makes room for the next turn on the session: who has the last event may begin it at once.
@@ -386,14 +442,16 @@ impl Runner {
     }
 
     /// Ends the turn in the store, however long that is away. Returns the number of the last event,
-    /// and how the turn ended; `None` if it is not this server's any more.
+    /// and how the turn ended; an error if it did not, or is not this server's any more.
     async fn end(
         &self,
         elements: Vec<bytes::Bytes>,
         time_ms: i64,
         outcome: impl FnOnce(i64) -> bytes::Bytes,
-    ) -> Option<(i64, TurnState)> {
+    ) -> Result<(i64, TurnState), Outcome> {
         let since = Instant::now();
+        let bytes: usize = elements.iter().map(bytes::Bytes::len).sum();
+        let mut kept: Option<KeptAnswer> = None;
         let mut outcome = Some(outcome);
         let mut pause = STORE_PAUSE_MIN;
         let mut end: Option<(i64, EndTurn)> = None;
@@ -411,7 +469,7 @@ impl Runner {
                 None => self.write_log().await.map(|()| None),
             };
             match tried {
-                Ok(Some(ended)) => return Some(ended),
+                Ok(Some(ended)) => return Ok(ended),
                 Ok(None) => {
                     let (chunk, _) = self.held.log.chunk();
                     let number = self.held.log.last_number();
@@ -431,13 +489,27 @@ impl Runner {
                 }
                 Err(error) if is_final(&error) || since.elapsed() >= KEEP_LIMIT => {
                     tracing::info!(%error, "a turn that ran here cannot be ended");
+                    let outcome = outcome_of(&error);
+                    if outcome == Outcome::Failed && bytes > 0 {
+                        metrics::kept_answer_dropped();
+                    }
                     self.held.log.end(match error {
                         store::Error::LeaseLost => End::Moved,
                         error => End::Failed(error.into()),
                     });
-                    return None;
+                    return Err(outcome);
                 }
                 Err(error) => {
+                    if kept.is_none() && bytes > 0 {
+                        kept = self.keep_answer(bytes);
+                        if kept.is_none() {
+                            // Who asks again later runs the turn anew, as if this server had died.
+                            tracing::warn!(%error, bytes, "no room to keep a turn for the store");
+                            metrics::kept_answer_dropped();
+                            self.held.log.end(End::Failed(error.into()));
+                            return Err(Outcome::Failed);
+                        }
+                    }
                     if !self.held.log.has_ended() {
                         tracing::warn!(%error, "the store does not take a turn; it is kept here");
                     }
@@ -446,12 +518,28 @@ impl Runner {
                 }
             }
             tokio::select! {
-                () = self.shared.abort.cancelled() => return None,
+                biased;
+                () = self.shared.abort.cancelled() => {
+                    if kept.is_some() {
+                        metrics::kept_answer_dropped();
+                    }
+                    return Err(Outcome::Moved);
+                }
                 () = self.held.poke.notified() => {}
                 () = sleep(pause) => {}
             }
             pause = (pause * 2).min(STORE_PAUSE_MAX);
         }
+    }
+
+    /// Makes room to keep an answer; `None` if there is none left.
+    fn keep_answer(&self, bytes: usize) -> Option<KeptAnswer> {
+        let size = u32::try_from(bytes).ok()?;
+        let room = Arc::clone(&self.shared.kept_bytes).try_acquire_many_owned(size);
+        Some(KeptAnswer {
+            _room: room.ok()?,
+            _counted: metrics::answer_kept(bytes),
+        })
     }
 
     /// Writes what of the log must be written before the turn can end.
@@ -463,7 +551,7 @@ impl Runner {
     }
 
     /// Leaves the turn to other servers, at once.
-    async fn give_up(&self) {
+    async fn give_up(&self) -> Outcome {
         let lease = Lease {
             lease_ms: 0,
             ..self.run.lease
@@ -473,6 +561,7 @@ impl Runner {
             tracing::debug!("a turn could not be given up; its lease runs out");
         }
         self.held.log.end(End::Failed(Error::ShuttingDown));
+        Outcome::Moved
     }
 }
 
@@ -480,6 +569,15 @@ impl Runner {
 const PIECE_BYTES: usize = 3;
 /// And a piece of a tool call.
 const CALL_BYTES: usize = 48;
+
+/// What a turn comes to that the store does not let this server end.
+fn outcome_of(error: &store::Error) -> Outcome {
+    match error {
+        store::Error::LeaseLost => Outcome::Moved,
+        store::Error::Cleared => Outcome::Cleared,
+        _ => Outcome::Failed,
+    }
+}
 
 /// Whether trying again is of no use.
 fn is_final(error: &store::Error) -> bool {
@@ -494,39 +592,6 @@ fn is_final(error: &store::Error) -> bool {
         | store::Error::WrongKeyType { .. }
         | store::Error::Corrupt(_) => true,
     }
-}
-
-/// Refuses a tool result whose call does not wait for it: the call is the last answer's, and has no
-/// result yet.
-fn check_results(history: &[Message], new: &[Draft]) -> Result<(), Error> {
-    let mut answered: Vec<&str> = Vec::new();
-    let mut calls: Vec<&str> = Vec::new();
-    for message in history.iter().rev() {
-        match message.draft.role {
-            Role::Tool => answered.extend(message.draft.tool_call_id.as_deref()),
-            Role::Assistant => {
-                calls.extend(message.draft.tool_calls.iter().map(|call| call.id.as_str()));
-                break;
-            }
-            _ => break,
-        }
-    }
-    calls.retain(|call| !answered.contains(call));
-    for (index, draft) in new.iter().enumerate() {
-        if draft.role != Role::Tool {
-            continue;
-        }
-        let id = draft.tool_call_id.as_deref().unwrap_or_default();
-        match calls.iter().position(|call| *call == id) {
-            Some(found) => drop(calls.remove(found)),
-            None => {
-                let field = format!("messages[{index}].tool_call_id");
-                let rule = "must name a tool call of the session's last answer that has no result";
-                return Err(crate::message::Violation::new(field, rule).into());
-            }
-        }
-    }
-    Ok(())
 }
 
 /// What LangChain's own chat models note with an answer.

@@ -7,6 +7,7 @@ pub mod program;
 pub mod provider;
 pub mod proxy;
 pub mod redis;
+pub mod rules;
 pub mod server;
 pub mod stores;
 pub mod turns;

@@ -27,6 +27,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
+use super::rules;
+
 /// How long a test waits for something that must happen.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -49,6 +51,7 @@ struct State {
     scripts: VecDeque<Script>,
     otherwise: Option<Script>,
     requests: Vec<Request>,
+    is_strict: bool,
 }
 
 /// A request as it came.
@@ -110,6 +113,11 @@ impl Provider {
     /// Answers all requests so for which there is no other script.
     pub fn always(&self, script: Script) {
         self.shared.state().otherwise = Some(script);
+    }
+
+    /// Refuses requests whose messages break the protocol's rules, from now on.
+    pub fn be_strict(&self) {
+        self.shared.state().is_strict = true;
     }
 
     /// The requests, in the order in which they came.
@@ -447,7 +455,13 @@ async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
         return;
     };
     let (index, script) = shared.change(|state| {
+        let messages = request.body["messages"].as_array().cloned();
+        let checked = rules::check(messages.as_deref().unwrap_or_default());
         state.requests.push(request);
+        if let (true, Err(rule)) = (state.is_strict, checked) {
+            let script = Script::refusal(400, "invalid_request_error", &rule);
+            return (state.requests.len() - 1, script);
+        }
         let script = state
             .scripts
             .pop_front()

@@ -25,6 +25,15 @@ pub enum Mode {
     Refuse,
 }
 
+/// One direction of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// To the server.
+    Requests,
+    /// To the client.
+    Replies,
+}
+
 /// A proxy before a server. It ends when this is dropped.
 pub struct Proxy {
     address: SocketAddr,
@@ -37,6 +46,8 @@ struct Shared {
     mode: watch::Sender<Mode>,
     /// Changes when all open connections are to be closed.
     cuts: watch::Sender<u64>,
+    /// Changes when a half of all open connections is to be closed.
+    half_cuts: watch::Sender<Option<Half>>,
     /// The next request that holds these bytes gets no reply: its connection is closed instead.
     unanswered: Mutex<Option<Vec<u8>>>,
     /// How many replies were lost so.
@@ -54,6 +65,7 @@ impl Proxy {
             upstream: upstream.into(),
             mode: watch::Sender::new(Mode::Forward),
             cuts: watch::Sender::new(0),
+            half_cuts: watch::Sender::new(None),
             unanswered: Mutex::new(None),
             lost: AtomicUsize::new(0),
             accepted: AtomicUsize::new(0),
@@ -82,6 +94,12 @@ impl Proxy {
     /// Closes all open connections.
     pub fn cut(&self) {
         self.shared.cuts.send_modify(|cuts| *cuts += 1);
+    }
+
+    /// Ends one direction of all open connections, as a peer does that says no more but listens
+    /// still. The bytes of that direction go nowhere then; those of the other one pass.
+    pub fn half_close(&self, half: Half) {
+        self.shared.half_cuts.send_replace(Some(half));
     }
 
     /// Lets the next request that holds these bytes pass, and closes its connection in place of the
@@ -134,7 +152,8 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
     let silent = watch::Sender::new(false);
 
     let requests = async {
-        pump(from_client, to_server, &shared, &silent, |bytes| {
+        let half = Half::Requests;
+        pump(half, from_client, to_server, &shared, &silent, |bytes| {
             let mut unanswered = shared.unanswered.lock().expect("lock");
             if unanswered.as_ref().is_some_and(|part| holds(bytes, part)) {
                 *unanswered = None;
@@ -145,7 +164,8 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
         .await;
     };
     let replies = async {
-        pump(from_server, to_client, &shared, &silent, |_| {
+        let half = Half::Replies;
+        pump(half, from_server, to_client, &shared, &silent, |_| {
             let is_lost = *losing.borrow();
             if is_lost {
                 shared.lost.fetch_add(1, Ordering::SeqCst);
@@ -163,20 +183,34 @@ async fn relay(client: TcpStream, shared: Arc<Shared>) {
 
 /// Carries bytes in one direction, as the mode says, until the end or until `look` says no.
 async fn pump(
+    half: Half,
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,
     shared: &Shared,
     silent: &watch::Sender<bool>,
     look: impl Fn(&[u8]) -> bool,
 ) {
+    let mut half_cuts = shared.half_cuts.subscribe();
+    half_cuts.mark_unchanged();
+    let mut is_closed = false;
     let mut buffer = vec![0; 64 * 1024];
     loop {
-        let count = match from.read(&mut buffer).await {
+        let read = tokio::select! {
+            read = from.read(&mut buffer) => read,
+            Ok(()) = half_cuts.changed() => {
+                if *half_cuts.borrow_and_update() == Some(half) {
+                    is_closed = true;
+                    drop(to.shutdown().await);
+                }
+                continue;
+            }
+        };
+        let count = match read {
             Ok(0) | Err(_) => return,
             Ok(count) => count,
         };
         let mode = *shared.mode.borrow();
-        if *silent.borrow() {
+        if is_closed || *silent.borrow() {
             continue;
         }
         match mode {

@@ -27,8 +27,12 @@ pub struct Options {
     pub model: Arc<dyn Model>,
     pub turns_max: usize,
     pub requests_max: usize,
+    pub watchers_max: usize,
+    pub watcher_patience: Duration,
     pub turn_limit: Duration,
     pub drain_limit: Duration,
+    pub lease: Duration,
+    pub kept_bytes_max: usize,
 }
 
 impl Default for Options {
@@ -37,8 +41,12 @@ impl Default for Options {
             model: Arc::new(Echo),
             turns_max: 100,
             requests_max: 100,
+            watchers_max: 100,
+            watcher_patience: Duration::from_secs(60),
             turn_limit: Duration::from_secs(60),
             drain_limit: Duration::from_secs(10),
+            lease: turn::Settings::default().lease,
+            kept_bytes_max: turn::Settings::default().kept_bytes_max,
         }
     }
 }
@@ -47,6 +55,7 @@ pub struct TestServer {
     pub tcp: String,
     pub socket: PathBuf,
     pub store: Arc<dyn Store>,
+    pub turns: Turns,
     pub shutdown: CancellationToken,
     pub running: JoinHandle<std::io::Result<()>>,
     pub directory: tempfile::TempDir,
@@ -88,14 +97,20 @@ pub async fn server_on(
         turn::Settings {
             turn_limit: options.turn_limit,
             turns_max: options.turns_max,
+            lease: options.lease,
+            kept_bytes_max: options.kept_bytes_max,
             ..turn::Settings::default()
         },
     );
     let parts = Parts {
         listeners,
         store: Arc::clone(&store),
-        turns,
-        requests_max: options.requests_max,
+        turns: turns.clone(),
+        limits: service::Limits {
+            requests_max: options.requests_max,
+            watchers_max: options.watchers_max,
+            watcher_patience: options.watcher_patience,
+        },
         streams_max: 1000,
         keepalive: Duration::from_secs(60),
         drain_limit: options.drain_limit,
@@ -106,6 +121,7 @@ pub async fn server_on(
         tcp,
         socket,
         store,
+        turns,
         shutdown,
         running,
         directory,

@@ -544,10 +544,6 @@ impl Store for Link {
         unreachable!("turns store with their end")
     }
 
-    async fn recall(&self, _: &SessionId, _: &RequestKey) -> store::Result<Option<Appended>> {
-        unreachable!("turns store with their end")
-    }
-
     async fn read(&self, _: &SessionId, read: Read) -> store::Result<Page> {
         self.call("read", None, false, move |state, _| {
             let db = &state.db;
@@ -752,7 +748,7 @@ fn parse(request: &[u8]) -> Result<Ask, Error> {
             tools: Vec::new(),
             options: model::Options::default(),
         },
-        history_messages: None,
+        history: Default::default(),
     })
 }
 
@@ -849,6 +845,7 @@ impl Client {
                 | Error::RequestReused { .. }
                 | Error::AnswerTooLarge { .. }
                 | Error::HistoryTooLarge { .. }
+                | Error::WindowTooSmall { .. }
                 | Error::Internal
                 | Error::Store(store::Error::Corrupt(_) | store::Error::RequestReused)
         );

@@ -7,7 +7,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use chat_memory::message::SessionId;
 use chat_memory::store::redis::{Redis, Settings};
-use chat_memory::store::sqlite::Sqlite;
+use chat_memory::store::sessions::Upkeep;
+use chat_memory::store::sqlite::{self, Sqlite};
 use chat_memory::store::{Append, Body, Element, Order, Page, Read, RequestKey, Sequence, Store};
 use tempfile::TempDir;
 
@@ -24,20 +25,34 @@ pub trait Backend: Send {
 
 /// An embedded store, in a directory of its own.
 pub async fn sqlite() -> EmbeddedStore {
+    sqlite_with(Upkeep::default()).await
+}
+
+/// One that does this by itself with sessions.
+pub async fn sqlite_with(upkeep: Upkeep) -> EmbeddedStore {
     let directory = TempDir::new().unwrap();
-    let store = Some(open_in(&directory));
-    EmbeddedStore { store, directory }
+    let store = Some(open_in(&directory, upkeep));
+    EmbeddedStore {
+        store,
+        directory,
+        upkeep,
+    }
 }
 
 pub struct EmbeddedStore {
     /// `None` only during a restart.
     store: Option<Arc<Sqlite>>,
     directory: TempDir,
+    upkeep: Upkeep,
 }
 
-fn open_in(directory: &TempDir) -> Arc<Sqlite> {
+fn open_in(directory: &TempDir, upkeep: Upkeep) -> Arc<Sqlite> {
     let path = directory.path().join("chat-memory.db");
-    Arc::new(Sqlite::open(&path, "message_store:").unwrap())
+    let options = sqlite::Options {
+        upkeep,
+        ..Default::default()
+    };
+    Arc::new(Sqlite::open_with(&path, "message_store:", options).unwrap())
 }
 
 #[async_trait]
@@ -50,29 +65,43 @@ impl Backend for EmbeddedStore {
         let old = self.store.take().unwrap();
         let old = Arc::try_unwrap(old).ok();
         drop(old.expect("the test still holds the store"));
-        self.store = Some(open_in(&self.directory));
+        self.store = Some(open_in(&self.directory, self.upkeep));
     }
 }
 
 /// A store on a Redis of its own, which keeps its data over a restart.
 pub async fn redis() -> RedisStore {
+    redis_with(Upkeep::default()).await
+}
+
+/// One that does this by itself with sessions.
+pub async fn redis_with(upkeep: Upkeep) -> RedisStore {
     let server = super::redis::Redis::start_with(super::redis::Options {
         durable: true,
         ..Default::default()
     })
     .await;
-    let store = Some(connect_to(&server).await);
-    RedisStore { store, server }
+    let store = Some(connect_to(&server, upkeep).await);
+    RedisStore {
+        store,
+        server,
+        upkeep,
+    }
 }
 
 pub struct RedisStore {
     /// `None` only during a restart.
     store: Option<Arc<Redis>>,
     server: super::redis::Redis,
+    upkeep: Upkeep,
 }
 
-async fn connect_to(server: &super::redis::Redis) -> Arc<Redis> {
-    let store = Redis::connect(Settings::new(server.url())).unwrap();
+async fn connect_to(server: &super::redis::Redis, upkeep: Upkeep) -> Arc<Redis> {
+    let settings = Settings {
+        upkeep,
+        ..Settings::new(server.url())
+    };
+    let store = Redis::connect(settings).unwrap();
     store.ready(super::wait::LIMIT).await.unwrap();
     Arc::new(store)
 }
@@ -87,7 +116,7 @@ impl Backend for RedisStore {
         self.store = None;
         self.server.stop().await;
         self.server.restart().await;
-        self.store = Some(connect_to(&self.server).await);
+        self.store = Some(connect_to(&self.server, self.upkeep).await);
     }
 }
 

@@ -17,6 +17,8 @@ import grpc  # noqa: E402
 import redis as redis_client  # noqa: E402
 from chatmemory.v1 import chat_memory_pb2 as pb  # noqa: E402
 from chatmemory.v1 import chat_memory_pb2_grpc as rpc  # noqa: E402
+from google.rpc import error_details_pb2  # noqa: E402
+from grpc_status import rpc_status  # noqa: E402
 from langchain_community.chat_message_histories import RedisChatMessageHistory  # noqa: E402
 
 PROGRAM = os.environ.get("INTEROP_PROGRAM", str(ROOT / "target/debug/chat-memory"))
@@ -121,6 +123,10 @@ class Server:
         request = pb.ChatRequest(session_id=session, messages=[question], **fields)
         return self.stub.Chat(request, timeout=PATIENCE_SECONDS)
 
+    def follow(self, session, turn_id, **fields):
+        request = pb.ChatRequest(session_id=session, turn_id=turn_id, **fields)
+        return self.stub.Chat(request, timeout=PATIENCE_SECONDS)
+
     def clear(self, session):
         return self.stub.Clear(pb.ClearRequest(session_id=session), timeout=PATIENCE_SECONDS)
 
@@ -131,3 +137,27 @@ class Server:
 
 def history(redis, session, **settings):
     return RedisChatMessageHistory(session, url=redis.url, **settings)
+
+
+def stored(redis, session):
+    """The texts in the history, as LangChain reads them."""
+    return [message.content for message in history(redis, session).messages]
+
+
+def reason(error):
+    for detail in rpc_status.from_call(error).details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            return info.reason
+    return ""
+
+
+def tell(stream):
+    """The text of a turn, and the reason of its error, or ''."""
+    text = ""
+    try:
+        for event in stream:
+            text += event.delta.text
+    except grpc.RpcError as error:
+        return text, reason(error)
+    return text, ""

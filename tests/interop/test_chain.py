@@ -1,43 +1,24 @@
 """What LangChain's own chain does when things go wrong, and what Chat does. Each case is run in
 both; the table in docs/langchain.md is made of what came out (INTEROP_UPDATE=1 writes it)."""
 
-import http.server
-import json
+import asyncio
+import contextlib
 import os
 import threading
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
-from harness import ROOT, Redis, Server, history, pb, until
+from harness import ROOT, Redis, Server, history, pb, stored, tell, until
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessageChunk
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.runnables.history import RunnableWithMessageHistory
+from provider import ANSWER, Script
 
-PIECES = ["one ", "two ", "three ", "four"]
-ANSWER = "".join(PIECES)
 DOCUMENT = ROOT / "docs/langchain.md"
 BEGIN, END = "<!-- chain: begin -->", "<!-- chain: end -->"
 ROWS = {}
-
-
-class Script:
-    """How a model answers: what to do before which piece, and where to break."""
-
-    def __init__(self, before=None, break_at=None):
-        self.before = before or {}
-        self.break_at = break_at
-
-    def pieces(self):
-        for index, piece in enumerate(PIECES):
-            if index in self.before:
-                self.before[index]()
-            if index == self.break_at:
-                raise ConnectionError("the model broke off")
-            yield piece
 
 
 class Model(BaseChatModel):
@@ -77,49 +58,8 @@ class Chain:
     def stream(self, text):
         return self.runnable.stream({"text": text}, config=self.config)
 
-
-class Provider:
-    """The same model behind OpenAI's protocol."""
-
-    def __init__(self):
-        self.script, self.prompts = Script(), []
-        provider = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                provider.prompts.append(body["messages"])
-                self.send_response(200)
-                self.send_header("content-type", "text/event-stream")
-                self.end_headers()
-                try:
-                    for piece in provider.script.pieces():
-                        self.event({"delta": {"content": piece}, "finish_reason": None})
-                    self.event({"delta": {}, "finish_reason": "stop"})
-                    self.wfile.write(b"data: [DONE]\n\n")
-                except OSError:
-                    pass  # The connection ends here.
-
-            def event(self, choice):
-                choices = [{"index": 0, **choice}]
-                chunk = {"id": "c", "object": "chat.completion.chunk", "choices": choices}
-                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-                self.wfile.flush()
-
-            def log_message(self, *_):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-
-@pytest.fixture(scope="module")
-def provider():
-    provider = Provider()
-    yield provider
-    provider.http.shutdown()
+    def astream(self, text):
+        return self.runnable.astream({"text": text}, config=self.config)
 
 
 @pytest.fixture(scope="module")
@@ -137,25 +77,6 @@ def chatting(mortal, provider):
     program.end()
 
 
-def reason(error):
-    for detail in rpc_status.from_call(error).details:
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info):
-            return info.reason
-    return ""
-
-
-def tell(stream):
-    """The text of a turn, and the reason of its error, or ''."""
-    text = ""
-    try:
-        for event in stream:
-            text += event.delta.text
-    except grpc.RpcError as error:
-        return text, reason(error)
-    return text, ""
-
-
 def drain(stream):
     """The text of a chain, and its error, or None."""
     text = ""
@@ -167,13 +88,10 @@ def drain(stream):
     return text, None
 
 
-def stored(redis, session):
-    """The texts in the history, as LangChain reads them."""
-    return [message.content for message in history(redis, session).messages]
-
-
 def row(case, there, here):
-    ROWS[case] = (there, here)
+    """A row of the table: what came out, and the test that saw it."""
+    test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
+    ROWS[case] = (there, here, test)
 
 
 def test_the_model_fails_in_mid_stream(mortal, chatting, provider, session):
@@ -182,13 +100,14 @@ def test_the_model_fails_in_mid_stream(mortal, chatting, provider, session):
     assert stored(mortal, session) == []
 
     ours = f"{session}-ours"
-    provider.script = Script(break_at=2)
+    provider.script, provider.prompts = Script(break_at=2), []
     text, why = tell(chatting.chat(ours, "hi", turn_id="t"))
     assert text and why == "MODEL_STREAM_BROKEN"
     assert stored(mortal, ours) == []
     provider.script = Script()
     assert tell(chatting.chat(ours, "hi", turn_id="t")) == (ANSWER, "")
     assert stored(mortal, ours) == ["hi", ANSWER]
+    assert len(provider.prompts) == 2
     row(
         "the model fails in mid-stream",
         "an exception; nothing is stored, the question is lost",
@@ -197,22 +116,46 @@ def test_the_model_fails_in_mid_stream(mortal, chatting, provider, session):
 
 
 def test_the_client_leaves_in_mid_stream(mortal, chatting, provider, session):
-    stream = Chain(mortal, session, Script()).stream("hi")
-    next(stream)
-    stream.close()
-    left = stored(mortal, session)
-    assert ANSWER not in left
+    def leave_after(count, name):
+        stream = Chain(mortal, name, Script()).stream("hi")
+        for _ in range(count):
+            next(stream)
+        stream.close()
+        return stored(mortal, name)
+
+    assert leave_after(1, f"{session}-1") == []
+    # The answer is cut, and nothing says so.
+    assert leave_after(3, f"{session}-3") == ["hi", "one two "]
+    [cut] = [m for m in history(mortal, f"{session}-3").messages if m.type != "human"]
+    assert not (cut.response_metadata or cut.additional_kwargs)
+
+    async def leave_a_task(name):
+        chain = Chain(mortal, name, Script())
+        async with contextlib.aclosing(chain.astream("hi")) as stream:
+            for _ in range(3):
+                await anext(stream)
+
+    asyncio.run(leave_a_task(f"{session}-async"))
+    assert stored(mortal, f"{session}-async") == []
 
     ours = f"{session}-ours"
     gone = threading.Event()
-    provider.script = Script(before={2: lambda: gone.wait(20)})
+    provider.script, provider.prompts = Script(before={2: lambda: gone.wait(20)}), []
     call = chatting.chat(ours, "hi", turn_id="t")
-    next(call)
+    while not (event := next(call)).delta.text:
+        pass
     call.cancel()
     gone.set()
     until("the turn is stored", lambda: stored(mortal, ours) == ["hi", ANSWER])
-    there = "nothing is stored" if not left else f"stored: {len(left)} messages, the answer cut"
-    row("the client leaves in mid-stream", there, "the turn goes on and is stored whole")
+    # And it goes on where it was left.
+    rest, why = tell(chatting.follow(ours, "t", resume_after=event.event_number))
+    assert (event.delta.text + rest, why) == (ANSWER, "")
+    assert len(provider.prompts) == 1
+    row(
+        "the client leaves in mid-stream",
+        "nothing is stored; or, from the second piece on, a cut answer as if it were whole",
+        "the turn goes on and is stored whole; it can be followed from where it was left",
+    )
 
 
 def test_redis_dies_in_mid_stream(mortal, chatting, provider, session):
@@ -223,18 +166,20 @@ def test_redis_dies_in_mid_stream(mortal, chatting, provider, session):
 
     ours = f"{session}-ours"
     until("the server is back", lambda: back(chatting))
-    provider.script = Script(before={2: mortal.kill})
+    provider.script, provider.prompts = Script(before={2: mortal.kill}), []
     text, why = tell(chatting.chat(ours, "hi", turn_id="t"))
     assert text == ANSWER and why in ("STORE_UNAVAILABLE", "OUTCOME_UNKNOWN")
     mortal.start()
     until("the server is back", lambda: back(chatting))
     provider.script = Script()
-    assert tell(chatting.chat(ours, "hi", turn_id="t"))[1] == ""
+    assert tell(chatting.chat(ours, "hi", turn_id="t")) == (ANSWER, "")
     assert stored(mortal, ours) == ["hi", ANSWER]
+    assert len(provider.prompts) == 1
     row(
         "Redis dies in mid-stream",
         "the whole answer and no error; the turn is lost",
-        "an error in place of `completed`; the same request again stores the turn, once",
+        "an error in place of `completed`; the answer is kept, and stored once when Redis is back; "
+        "the model is asked once",
     )
 
 
@@ -268,30 +213,42 @@ def test_the_second_write_of_a_turn_fails(mortal, chatting, provider, session, m
     assert stored(mortal, session) == ["hi"]
 
     ours = f"{session}-ours"
-    provider.script = Script(before={3: lambda: full(mortal)})
+    provider.script, provider.prompts = Script(before={3: lambda: full(mortal)}), []
     text, why = tell(chatting.chat(ours, "hi", turn_id="t"))
-    full(mortal, False)
     assert why == "STORE_FULL"
     assert stored(mortal, ours) == []
+    full(mortal, False)
     provider.script = Script()
-    assert tell(chatting.chat(ours, "hi", turn_id="t"))[1] == ""
+    assert tell(chatting.chat(ours, "hi", turn_id="t")) == (ANSWER, "")
     assert stored(mortal, ours) == ["hi", ANSWER]
+    assert len(provider.prompts) == 1
     row(
         "Redis is full after the first write of a turn",
         "no error; half a turn is stored: the question without its answer",
-        "there is one write: `STORE_FULL`, nothing is stored; the same request again stores the turn",
+        "there is one write: `STORE_FULL`, nothing is stored; the answer is kept, and stored when "
+        "there is room; the model is asked once",
     )
 
 
-def test_two_turns_at_once(mortal, chatting, provider, session):
+def test_two_turns_at_once(mortal, chatting, provider, session, monkeypatch):
     barrier = threading.Barrier(2, timeout=20)
+    client = type(mortal.client)
+    push = client.lpush
+
+    def push_together(self, *arguments):
+        # As it can happen: each is a command of its own.
+        barrier.wait()
+        return push(self, *arguments)
+
+    monkeypatch.setattr(client, "lpush", push_together)
     chains = [Chain(mortal, session, Script(before={1: barrier.wait})) for _ in range(2)]
     threads = [threading.Thread(target=drain, args=[chain.stream("hi")]) for chain in chains]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(stored(mortal, session)) == 4
+    monkeypatch.undo()
+    assert stored(mortal, session) == ["hi", "hi", ANSWER, ANSWER]
     assert [len(chain.model.prompts[0]) for chain in chains] == [1, 1]
 
     ours = f"{session}-ours"
@@ -303,10 +260,19 @@ def test_two_turns_at_once(mortal, chatting, provider, session):
     go.set()
     assert tell(first)[1] == ""
     assert stored(mortal, ours) == ["first", ANSWER]
+    # Or, if they want to, the second waits for the first.
+    go.clear()
+    first = chatting.chat(ours, "third")
+    next(first)
+    second = chatting.chat(ours, "fourth", on_conflict=pb.ON_CONFLICT_QUEUE)
+    go.set()
+    assert [tell(first), tell(second)] == [(ANSWER, ""), (ANSWER, "")]
+    assert stored(mortal, ours)[2:] == ["third", ANSWER, "fourth", ANSWER]
+    assert len(provider.prompts[-1]) == 5
     row(
         "two turns at once on a session",
         "both run, blind to each other, and may be stored interleaved",
-        "the second is refused: `TURN_IN_PROGRESS`",
+        "the second is refused, `TURN_IN_PROGRESS`, or waits until it sees the first's answer",
     )
 
 
@@ -389,8 +355,8 @@ def test_what_is_known_of_a_message(mortal, chatting, provider, session):
 
 def test_the_table_in_the_document_is_what_came_out():
     assert len(ROWS) == 9, "it is made of all cases: run the whole file"
-    lines = ["| case | `RunnableWithMessageHistory` | `Chat` |", "|---|---|---|"]
-    lines += [f"| {case} | {there} | {here} |" for case, (there, here) in ROWS.items()]
+    lines = ["| case | `RunnableWithMessageHistory` | `Chat` | shown by |", "|---|---|---|---|"]
+    lines += [f"| {case} | {there} | {here} | `{test}` |" for case, (there, here, test) in ROWS.items()]
     table = "\n".join(lines)
     text = DOCUMENT.read_text()
     before, rest = text.split(BEGIN)

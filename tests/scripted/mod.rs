@@ -278,6 +278,7 @@ impl ChatMemory for Scripted {
         Ok(Response::new(GetMessagesResponse {
             messages,
             next_page_token: next.unwrap_or_default(),
+            ..Default::default()
         }))
     }
 

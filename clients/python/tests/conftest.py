@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from loopback_openai import Provider, loopback_openai
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 PROGRAM = pathlib.Path(
@@ -119,6 +120,18 @@ class Redis:
         self.server.kill()
         self._process.kill()
         self._process.wait(LIMIT_SECONDS)
+
+
+@pytest.fixture
+def asking(folder: pathlib.Path) -> Iterator[tuple[Server, Provider]]:
+    """A server that a test may stop and start, and the model that it asks."""
+    own = folder / uuid.uuid4().hex[:8]
+    own.mkdir()
+    with loopback_openai() as provider:
+        database = str(own / "chat-memory.db")
+        server = Server(own, "--database", database, "--model-url", provider.url, "--model", "m")
+        yield server, provider
+        server.kill()
 
 
 @pytest.fixture(scope="session")

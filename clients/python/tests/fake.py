@@ -48,7 +48,8 @@ class Failure:
 
 
 class Fake(chat_memory_pb2_grpc.ChatMemoryServicer):
-    """Fails each call with the next of `failures`, and succeeds when there are none left."""
+    """Fails each call with the next of `failures`, and succeeds when there are none left. So many
+    streams as `ends_early` says end without `completed`."""
 
     def __init__(self) -> None:
         self.failures: list[Failure] = []
@@ -56,6 +57,7 @@ class Fake(chat_memory_pb2_grpc.ChatMemoryServicer):
         self.requests: list[Any] = []
         self.cancelled = futures.Future[None]()
         self.wait_for_cancel = False
+        self.ends_early = 0
 
     def _next(self, request: Any, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
@@ -108,16 +110,24 @@ class Fake(chat_memory_pb2_grpc.ChatMemoryServicer):
             context.add_callback(lambda: self.cancelled.set_result(None))
         if self.failures and not self.fail_after_events:
             self.failures.pop(0).end(context)
-        yield pb.ChatResponse(event_number=1, started=pb.Started(turn_id=request.turn_id))
-        yield pb.ChatResponse(event_number=2, delta=pb.Delta(text="he"))
+        if request.resume_after < 1:
+            yield pb.ChatResponse(event_number=1, started=pb.Started(turn_id=request.turn_id))
+        if request.resume_after < 2:
+            yield pb.ChatResponse(event_number=2, delta=pb.Delta(text="he"))
         if self.wait_for_cancel:
             self.cancelled.result(30)
             return
         if self.failures:
             self.failures.pop(0).end(context)
-        answer = pb.Message(role=pb.ROLE_ASSISTANT, content="hello")
-        completed = pb.Completed(messages=[*request.messages, answer])
-        yield pb.ChatResponse(event_number=3, completed=completed)
+        if self.ends_early > 0:
+            self.ends_early -= 1
+            return
+        if request.resume_after < 3:
+            yield pb.ChatResponse(event_number=3, delta=pb.Delta(text="llo"))
+        if request.resume_after < 4:
+            answer = pb.Message(role=pb.ROLE_ASSISTANT, content="hello")
+            completed = pb.Completed(messages=[*request.messages, answer])
+            yield pb.ChatResponse(event_number=4, completed=completed)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""A model server on this machine that speaks OpenAI's protocol. It repeats what it was told."""
+"""A model server on this machine that speaks OpenAI's protocol. It repeats what it was told, and
+can be held in the middle of it."""
 
 from __future__ import annotations
 
@@ -16,6 +17,20 @@ class Provider:
     def __init__(self) -> None:
         self.url = ""
         self.requests: list[dict[str, Any]] = []
+        self._go_on = threading.Event()
+        self._go_on.set()
+
+    def hold(self) -> None:
+        """Streams the first word only, from now on."""
+        self._go_on.clear()
+
+    def let_go(self) -> None:
+        """Streams the rest, and all to come."""
+        self._go_on.set()
+
+    def wait(self) -> None:
+        """Waits while it is held."""
+        self._go_on.wait(30)
 
     def contents(self) -> list[str]:
         """The texts of the last request, in order."""
@@ -49,19 +64,25 @@ def loopback_openai() -> Iterator[Provider]:
                 delta = {"role": "assistant", "content": word + " "}
                 events.append({"index": 0, "finish_reason": None, "delta": delta})
             events.append({"index": 0, "finish_reason": "stop", "delta": {}})
-            lines = [
-                "data: "
-                + json.dumps({**base, "object": "chat.completion.chunk", "choices": [event]})
-                for event in events
-            ]
-            self._send("text/event-stream", "\n\n".join([*lines, "data: [DONE]", ""]))
+            self._begin("text/event-stream")
+            with contextlib.suppress(OSError):  # The server may leave.
+                for index, event in enumerate(events):
+                    if index == 1:
+                        provider.wait()
+                    chunk = {**base, "object": "chat.completion.chunk", "choices": [event]}
+                    self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                self.wfile.write(b"data: [DONE]\n\n")
+
+        def _begin(self, kind: str, length: int | None = None) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            if length is not None:
+                self.send_header("Content-Length", str(length))
+            self.end_headers()
 
         def _send(self, kind: str, text: str) -> None:
             body = text.encode()
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
+            self._begin(kind, len(body))
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
@@ -74,6 +95,7 @@ def loopback_openai() -> Iterator[Provider]:
     try:
         yield provider
     finally:
+        provider.let_go()
         server.shutdown()
         server.server_close()
         thread.join(30)

@@ -7,10 +7,12 @@ import threading
 
 import pytest
 from conftest import Server
+from loopback_openai import Provider
 
 import chat_memory
 from chat_memory import (
     AsyncClient,
+    ChatMemoryError,
     Client,
     Completed,
     Delta,
@@ -121,6 +123,96 @@ def test_a_repeated_turn_id_gets_the_stored_answer(target: str, session_id: str)
         assert again.text() == "You said: hi"
         assert again.answer == first.answer
         assert len(client.get_messages(session_id).messages) == 2
+
+
+def test_a_turn_is_resumed_and_followed_by_many(asking: tuple[Server, Provider]) -> None:
+    server, provider = asking
+    with Client(server.target) as client:
+        provider.hold()
+        with client.chat("s", "hi all", turn_id="t") as stream:
+            assert isinstance(next(stream), Started)
+            assert next(stream) == Delta(text="You ")
+        followers = [client.resume("s", "t", after) for after in (0, 1, 2)]
+        assert isinstance(next(followers[0]), Started)
+        assert next(followers[1]) == Delta(text="You ")
+        provider.let_go()
+        for follower in followers:
+            assert follower.text() == "You said: hi all "
+        assert len(provider.requests) == 1
+        last = followers[0].event_number
+        assert [type(event) for event in client.resume("s", "t", last - 1)] == [Completed]
+        assert list(client.resume("s", "t", last)) == []
+        with pytest.raises(chat_memory.NotFound) as caught:
+            client.resume("s", "other").text()
+        assert (caught.value.reason, caught.value.turn_id) == ("TURN_NOT_FOUND", "other")
+
+
+def test_a_turn_is_stopped_and_keeps_its_answer_or_not(asking: tuple[Server, Provider]) -> None:
+    server, provider = asking
+    with Client(server.target) as client:
+        provider.hold()
+        for turn_id, name, discard in [("t", "", False), ("u", "u", True)]:
+            stream = client.chat("s", "hi", turn_id=turn_id)
+            assert isinstance(next(stream), Started)
+            assert next(stream) == Delta(text="You ")
+            stopped = client.stop("s", name, discard)
+            assert stopped.turn_id == turn_id
+            if discard:
+                assert list(stopped.messages) == []
+                with pytest.raises(chat_memory.Aborted) as caught:
+                    stream.text()
+                assert caught.value.reason == "TURN_STOPPED"
+            else:
+                assert [message.content for message in stopped.messages] == ["hi", "You "]
+                assert stopped.messages[1].interrupted
+                assert stream.text() == "You "
+        assert client.stop("s", "t").messages == client.get_messages("s").messages
+        with pytest.raises(chat_memory.NotFound):
+            client.stop("s")
+
+
+def test_a_stream_goes_on_over_a_server_that_dies(asking: tuple[Server, Provider]) -> None:
+    server, provider = asking
+    with Client(server.target) as client:
+        provider.hold()
+        stream = client.chat("s", "hi")
+        events = [next(stream), next(stream)]
+        server.kill()
+        provider.let_go()
+        restart = threading.Timer(0.3, server.start)
+        restart.start()
+        events += stream
+        restart.join()
+        attempts = [event.attempt for event in events if isinstance(event, Started)]
+        assert attempts == [1, 2]
+        assert stream.started == events[[type(e) for e in events].index(Started, 1)]
+        assert stream.answer is not None
+        assert stream.answer.content == "You said: hi "
+        contents = [message.content for message in client.messages("s")]
+        assert contents == ["hi", "You said: hi "]
+
+
+async def test_the_async_client_resumes_and_stops(asking: tuple[Server, Provider]) -> None:
+    server, provider = asking
+    async with AsyncClient(server.target) as client:
+        provider.hold()
+        stream = client.chat("s", "hi", turn_id="t")
+        events = [await anext(stream), await anext(stream)]
+        server.kill()
+        provider.let_go()
+        restart = threading.Timer(0.3, server.start)
+        restart.start()
+        events += [event async for event in stream]
+        restart.join()
+        attempts = [event.attempt for event in events if isinstance(event, Started)]
+        assert attempts == [1, 2]
+        assert await client.resume("s", "t").text() == "You said: hi "
+        stopped = await client.stop("s", "t")
+        assert [message.content for message in stopped.messages] == ["hi", "You said: hi "]
+        with pytest.raises(chat_memory.NotFound):
+            await client.resume("s", "other").text()
+        with pytest.raises(chat_memory.NotFound):
+            await client.stop("s")
 
 
 def test_a_server_is_reached_by_every_form_of_target(server: Server, session_id: str) -> None:
@@ -237,3 +329,22 @@ def test_a_server_that_is_not_there_is_unavailable_within_the_time() -> None:
         with pytest.raises(chat_memory.Unavailable):
             client.chat("s", "x", timeout=0.3).text()
     assert caught.value.reason == ""
+
+
+def test_a_window_says_its_tokens_and_is_refused_where_it_is_too_small(
+    target: str, session_id: str
+) -> None:
+    with Client(target) as client:
+        client.append(session_id, [user("hello"), user("hello")])
+        window = client.get_messages(session_id, last_turns=1, model="gpt-4")
+        assert [message.content for message in window.messages] == ["hello", "hello"]
+        assert (window.token_count, window.tokenizer) == (13, "cl100k_base")
+        with pytest.raises(ChatMemoryError) as refused:
+            client.get_messages(session_id, max_tokens=12)
+        assert refused.value.reason == "WINDOW_TOO_SMALL"
+        with client.chat(session_id, "hello", max_tokens=1000, last_turns=1) as stream:
+            for _ in stream:
+                pass
+        assert stream.started is not None
+        assert stream.started.history_messages == 2
+        assert stream.started.history_tokens == 10

@@ -11,7 +11,7 @@ import pytest
 from fake import Failure, Fake, fake_server
 
 import chat_memory
-from chat_memory import AsyncClient, Client, Started, user
+from chat_memory import AsyncClient, Client, Completed, Delta, Started, user
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
@@ -103,17 +103,103 @@ def test_a_turn_is_repeated_under_one_id_before_its_first_event(fake: tuple[Fake
     assert len({request.turn_id for request in server.requests}) == 1
 
 
-def test_a_turn_is_not_repeated_after_its_first_event(fake: tuple[Fake, str]) -> None:
+@pytest.mark.parametrize("reason", ["", "SHUTTING_DOWN", "STORE_UNAVAILABLE", "OUTCOME_UNKNOWN"])
+def test_a_stream_that_breaks_off_goes_on_after_its_last_event(
+    fake: tuple[Fake, str], reason: str
+) -> None:
     server, target = fake
-    server.failures = [Failure(UNAVAILABLE, "OUTCOME_UNKNOWN", 0.01)]
+    server.failures = [Failure(UNAVAILABLE, reason, 0.01)] * 2
     server.fail_after_events = 2
     with Client(target) as client:
         stream = client.chat("s", "hi")
-        with pytest.raises(chat_memory.OutcomeUnknown) as caught:
+        events = list(stream)
+    assert [type(event) for event in events] == [Started, Delta, Delta, Completed]
+    assert "".join(event.text for event in events if isinstance(event, Delta)) == "hello"
+    assert stream.event_number == 4
+    # It is followed, not begun: a turn that was cleared meanwhile must not come back.
+    first, *others = server.requests
+    assert first.messages
+    assert [(list(r.messages), r.turn_id, r.resume_after) for r in others] == [
+        ([], stream.turn_id, 2)
+    ] * 2
+
+
+def test_a_stream_that_ends_too_early_goes_on_too(fake: tuple[Fake, str]) -> None:
+    server, target = fake
+    server.ends_early = 1
+    with Client(target) as client:
+        assert client.chat("s", "hi").text() == "hello"
+    assert [request.resume_after for request in server.requests] == [0, 2]
+
+
+@pytest.mark.parametrize("reason", ["MODEL_STREAM_BROKEN", "MODEL_UNAVAILABLE", "TURN_ABANDONED"])
+def test_a_turn_that_failed_is_not_asked_for_again_after_its_first_event(
+    fake: tuple[Fake, str], reason: str
+) -> None:
+    server, target = fake
+    server.failures = [Failure(UNAVAILABLE, reason, 0.01)]
+    server.fail_after_events = 2
+    with Client(target) as client:
+        stream = client.chat("s", "hi")
+        with pytest.raises(chat_memory.Unavailable) as caught:
             stream.text()
         assert caught.value.turn_id == stream.turn_id == server.requests[0].turn_id
         assert len(server.requests) == 1
         assert client.chat("s", "hi", turn_id=caught.value.turn_id).text() == "hello"
+
+
+def test_a_stream_without_retry_raises_what_breaks_it(fake: tuple[Fake, str]) -> None:
+    server, target = fake
+    with Client(target) as client:
+        for fail_after_events in (0, 2):
+            server.requests.clear()
+            server.failures = [Failure(UNAVAILABLE, "OUTCOME_UNKNOWN", 0.01)]
+            server.fail_after_events = fail_after_events
+            stream = client.chat("s", "hi", retry=False)
+            with pytest.raises(chat_memory.OutcomeUnknown) as caught:
+                stream.text()
+            assert len(server.requests) == 1
+            assert caught.value.turn_id == stream.turn_id
+            assert stream.event_number == fail_after_events
+        rest = client.resume("s", stream.turn_id, stream.event_number, retry=False)
+        assert [type(event) for event in rest] == [Delta, Completed]
+
+
+def test_a_stream_goes_on_within_its_time_only(fake: tuple[Fake, str]) -> None:
+    server, target = fake
+    server.failures = [Failure(UNAVAILABLE, "STORE_UNAVAILABLE", 0.2)] * 100
+    server.fail_after_events = 2
+    with Client(target) as client, pytest.raises(chat_memory.Unavailable):
+        client.chat("s", "hi", timeout=1).text()
+    assert 2 <= len(server.requests) <= 6
+
+
+def test_a_turn_is_resumed_after_the_event_that_was_named(fake: tuple[Fake, str]) -> None:
+    server, target = fake
+    with Client(target) as client:
+        assert [type(event) for event in client.resume("s", "t", 2)] == [Delta, Completed]
+        assert client.resume("s", "t").text() == "hello"
+        # There is nothing after the last.
+        assert list(client.resume("s", "t", 4)) == []
+        server.failures = [Failure(grpc.StatusCode.NOT_FOUND, "TURN_NOT_FOUND")]
+        with pytest.raises(chat_memory.NotFound) as caught:
+            client.resume("s", "t").text()
+    assert caught.value.turn_id == "t"
+    assert [request.resume_after for request in server.requests] == [2, 0, 4, 0]
+    assert not any(request.messages for request in server.requests)
+
+
+def test_a_stop_is_repeated_only_if_it_names_its_turn(fake: tuple[Fake, str]) -> None:
+    server, target = fake
+    with Client(target) as client:
+        server.failures = [Failure(UNAVAILABLE, "STORE_UNAVAILABLE", 0.01)]
+        assert client.stop("s", "t", discard=True).turn_id == "t"
+        assert [request.discard for request in server.requests] == [True, True]
+        server.requests.clear()
+        server.failures = [Failure(UNAVAILABLE, "STORE_UNAVAILABLE", 0.01)]
+        with pytest.raises(chat_memory.Unavailable):
+            client.stop("s")
+        assert len(server.requests) == 1
 
 
 def test_a_running_turn_is_named(fake: tuple[Fake, str]) -> None:
@@ -160,6 +246,33 @@ async def test_the_async_client_repeats_in_the_same_way(fake: tuple[Fake, str]) 
         with pytest.raises(chat_memory.Unavailable) as caught:
             await client.chat("s", "hi").text()
         assert caught.value.turn_id
+
+        server.requests.clear()
+        server.failures = [Failure(UNAVAILABLE, "OUTCOME_UNKNOWN", 0.01)] * 2
+        server.ends_early = 1
+        stream = client.chat("s", "hi")
+        kinds = [type(event) async for event in stream]
+        assert kinds == [Started, Delta, Delta, Completed]
+        assert [request.resume_after for request in server.requests] == [0, 2, 2, 2]
+        server.failures = [Failure(UNAVAILABLE, "OUTCOME_UNKNOWN", 0.01)]
+        with pytest.raises(chat_memory.OutcomeUnknown):
+            await client.chat("s", "hi", retry=False).text()
+
+        server.requests.clear()
+        assert await client.resume("s", "t", 3).text() == "hello"
+        assert [event async for event in client.resume("s", "t", 4)] == []
+        server.fail_after_events = 0
+        server.failures = [Failure(grpc.StatusCode.NOT_FOUND, "TURN_NOT_FOUND")]
+        with pytest.raises(chat_memory.NotFound):
+            await client.resume("s", "t").text()
+
+        server.requests.clear()
+        server.failures = [Failure(UNAVAILABLE, "STORE_UNAVAILABLE", 0.01)] * 2
+        assert (await client.stop("s", "t")).turn_id == "t"
+        assert len(server.requests) == 3
+        server.failures = [Failure(UNAVAILABLE, "STORE_UNAVAILABLE", 0.01)]
+        with pytest.raises(chat_memory.Unavailable):
+            await client.stop("s")
 
 
 async def test_closing_an_async_stream_cancels_it(fake: tuple[Fake, str]) -> None:

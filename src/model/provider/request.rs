@@ -84,17 +84,12 @@ fn messages(drafts: Vec<Draft>, kind: AdapterKind) -> Result<Vec<ChatMessage>> {
 
 /// Who speaks, to a model; nobody that it knows if `None`.
 fn role(role: &Role) -> Option<ChatRole> {
-    match role {
+    match role.known()? {
         Role::System => Some(ChatRole::System),
         Role::User => Some(ChatRole::User),
         Role::Assistant => Some(ChatRole::Assistant),
         Role::Tool => Some(ChatRole::Tool),
-        Role::Other(name) => match name.as_str() {
-            "developer" | "system" => Some(ChatRole::System),
-            "user" | "human" => Some(ChatRole::User),
-            "assistant" | "ai" => Some(ChatRole::Assistant),
-            _ => None,
-        },
+        Role::Other(_) => None,
     }
 }
 

@@ -8,8 +8,9 @@ use crate::store::sessions::{REWINDS_MAX, Upkeep};
 use crate::store::turns::{FOLLOWED_EVERY_MS, PLACE_MS, WAITING_MAX};
 use crate::store::{REQUEST_MEMORY_MS, TOMBSTONE_MS};
 
-/// How long the facts of a session that was cleared outlive its list, in ms: longer than any turn
-/// runs (at most an hour), so that a turn finds out that its session was cleared.
+/// How long the facts of a session that was cleared outlive its list, in ms, and a turn that runs
+/// the list's expiry: longer than any turn runs (at most an hour), so that a turn finds out that its
+/// session was cleared, and is stored although the list has expired.
 const LINGER_MS: i64 = 60 * 60 * 1000;
 
 /// Elements that a write looks at, at most, to find where an exchange begins: two hundred times as
@@ -116,7 +117,6 @@ pub(super) fn pattern(prefix: &str) -> String {
 /// The scripts, each with its prelude.
 pub(super) struct Scripts {
     pub(super) append: Script,
-    pub(super) recall: Script,
     pub(super) read: Script,
     pub(super) clear: Script,
     pub(super) expire: Script,
@@ -160,7 +160,6 @@ impl Scripts {
         let telling_script = |body: &str| Script::new(&format!("{common}{of_turns}{seen}{body}"));
         Self {
             append: script(include_str!("scripts/append.lua")),
-            recall: script(include_str!("scripts/recall.lua")),
             read: script(include_str!("scripts/read.lua")),
             clear: script(include_str!("scripts/clear.lua")),
             expire: script(include_str!("scripts/expire.lua")),

@@ -26,7 +26,7 @@ use self::watcher::Watch;
 use super::sessions::Upkeep;
 use super::{
     Append, Appended, Body, Cursor, ELEMENT_BYTES_MAX, Element, Epoch, Error, List, Order, Page,
-    Read, RequestKey, Result, Sequence, SessionsPage, Store,
+    Read, Result, Sequence, SessionsPage, Store,
 };
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::secret::Secret;
@@ -258,19 +258,6 @@ impl Store for Redis {
                 expected: append.expected_last_sequence.unwrap_or_default(),
                 actual: reply.number()?,
             }),
-            _ => Err(reply.refusal()),
-        }
-    }
-
-    async fn recall(&self, session: &SessionId, request: &RequestKey) -> Result<Option<Appended>> {
-        let mut script = self.invocation(&self.scripts.recall, session);
-        script.arg(&request.id).arg(&request.fingerprint);
-        let answer = self.connection.run_repeatable(&script).await;
-        let mut reply = Reply::of(answer.map_err(failure_of_read)?)?;
-        match reply.word.as_str() {
-            "repeated" => Ok(Some(parse_record(&reply.bytes()?, true)?)),
-            "reused" => Err(Error::RequestReused),
-            "unknown" => Ok(None),
             _ => Err(reply.refusal()),
         }
     }

@@ -3,7 +3,8 @@
 //! ([`running_key`]).
 //!
 //! An entry is written before its turn can run and goes after the turn has ended, so that every
-//! turn that runs has one. Entries that are left over go when [`TurnStore::take_turn`] looks.
+//! turn that runs has one. Entries that are left over go when [`TurnStore::take_turn`] looks. An
+//! entry that others deleted comes back twice in a lease, as long as the turn has a holder.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -109,9 +110,10 @@ impl TurnStore for Redis {
                 _ => None,
             },
         };
-        if lease.lease_ms == 0 {
-            // Given up: others need not wait.
-            self.look_at(session, &keep.turn, now_ms()).await;
+        if reply.number()? == 1 {
+            // At once if it is given up: others need not wait.
+            let look_ms = now_ms().saturating_add(lease.lease_ms);
+            self.look_at(session, &keep.turn, look_ms).await;
         }
         Ok(kept)
     }
@@ -220,7 +222,11 @@ impl TurnStore for Redis {
             let Value::BulkString(entry) = entry else {
                 return Err(unexpected(&entry));
             };
-            turns.push(parse_entry(&entry)?);
+            match parse_entry(&entry) {
+                Some(turn) => turns.push(turn),
+                // Nobody can look at it: it would be in the way of others for ever.
+                None => self.forget_entry(&entry).await,
+            }
         }
         Ok(turns)
     }
@@ -241,20 +247,24 @@ impl Redis {
         }
     }
 
-    /// Has a turn that is in the index looked at from that time on. If that fails, it is looked at
-    /// in vain.
+    /// Has a turn looked at from that time on. If that fails, it is looked at in vain, or entered by
+    /// a later call.
     async fn look_at(&self, session: &SessionId, turn: &TurnId, look_ms: UnixMillis) {
         let mut commands = redis::pipe();
         commands.cmd("ZADD").arg(running_key(&self.key_prefix));
-        commands.arg("XX").arg(look_ms).arg(entry(session, turn));
+        commands.arg(look_ms).arg(entry(session, turn));
         let _ = self.index(&commands).await;
     }
 
     /// Takes a turn out of the index. If that fails, it is looked at in vain, and then goes.
     async fn forget(&self, session: &SessionId, turn: &TurnId) {
+        self.forget_entry(&entry(session, turn)).await;
+    }
+
+    async fn forget_entry(&self, entry: &[u8]) {
         let mut commands = redis::pipe();
         commands.cmd("ZREM").arg(running_key(&self.key_prefix));
-        commands.arg(entry(session, turn));
+        commands.arg(entry);
         let _ = self.index(&commands).await;
     }
 
@@ -269,12 +279,11 @@ fn entry(session: &SessionId, turn: &TurnId) -> Vec<u8> {
     [turn, session.as_str().as_bytes()].concat()
 }
 
-fn parse_entry(entry: &[u8]) -> Result<(SessionId, TurnId)> {
-    let corrupt = || Error::Corrupt("the index of running turns".to_owned());
-    let (turn, session) = entry.split_first_chunk::<16>().ok_or_else(corrupt)?;
-    let session = String::from_utf8(session.to_vec()).map_err(|_| corrupt())?;
-    let session = SessionId::parse(session).map_err(|_| corrupt())?;
-    Ok((session, *turn))
+/// `None` for what is no entry.
+fn parse_entry(entry: &[u8]) -> Option<(SessionId, TurnId)> {
+    let (turn, session) = entry.split_first_chunk::<16>()?;
+    let session = String::from_utf8(session.to_vec()).ok()?;
+    Some((SessionId::parse(session).ok()?, *turn))
 }
 
 fn add_chunk(script: &mut ScriptInvocation<'_>, chunk: Option<&Chunk>) {

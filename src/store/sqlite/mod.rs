@@ -2,9 +2,10 @@
 //! nor models, nor what is in the elements.
 //!
 //! In reading order: [`open`] takes the file and brings it to this version (`schema.sql`, then
-//! `schema_2.sql`), [`tables`] holds the statements, [`turns`] those of turns, [`writer`] is the one
-//! thread that writes, many writes to a commit; this file puts them together, and all waiting is in
-//! it.
+//! `schema_2.sql` and `schema_3.sql`), [`tables`] holds the statements, [`turns`] those of turns,
+//! [`sessions`] those of sessions as a whole and [`fork`] those that copy one; [`writer`] is the one
+//! thread that writes, many writes to a commit, and [`notice`] looks for what it does not see; this
+//! file puts them together, and nearly all waiting is in it.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,18 +16,21 @@ use std::time::Duration;
 use async_trait::async_trait;
 use rusqlite::Connection;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task;
 use tokio::time::{Instant, timeout_at};
 
 use super::sessions::Upkeep;
 use super::{
-    Append, Appended, Cursor, Error, List, Page, Read, RequestKey, Result, SessionsPage, Store,
+    Append, Appended, Bells, Cursor, Error, List, Page, Read, Result, SessionsPage, Store,
 };
 use crate::message::{SessionId, UnixMillis, now_ms};
 use open::Held;
-use writer::{Claim, Job, Task, Work, Writer};
+use writer::{Claim, Job, Ring, Task, Work, Writer};
 
 pub use open::OpenError;
 
+mod fork;
+mod notice;
 mod open;
 mod sessions;
 mod tables;
@@ -88,6 +92,9 @@ pub struct Sqlite {
     writer: Option<JoinHandle<()>>,
     key_prefix: String,
     call_time_max: Duration,
+    upkeep: Upkeep,
+    /// Who looks for what bells are to ring for; nobody before there is one.
+    looking: Mutex<Option<task::JoinHandle<()>>>,
 }
 
 /// What the store, its writing thread and its reads share.
@@ -99,6 +106,7 @@ struct Shared {
     stopped: OnceLock<String>,
     clock: Clock,
     commits: AtomicU64,
+    bells: Bells,
     /// Fields drop in this order: the file is let go after the last connection to it is closed.
     held: Held,
 }
@@ -161,6 +169,7 @@ impl Sqlite {
             stopped: OnceLock::new(),
             clock: options.clock,
             commits: AtomicU64::new(0),
+            bells: Bells::default(),
             held,
         });
         Ok(Self {
@@ -171,6 +180,8 @@ impl Sqlite {
             writer: None,
             key_prefix: key_prefix.to_owned(),
             call_time_max: options.call_time_max,
+            upkeep: options.upkeep,
+            looking: Mutex::default(),
         })
     }
 
@@ -188,6 +199,7 @@ impl Sqlite {
             stopped: OnceLock::new(),
             clock: options.clock,
             commits: AtomicU64::new(0),
+            bells: Bells::default(),
             held,
         });
         let (jobs, queue) = mpsc::unbounded_channel();
@@ -212,6 +224,8 @@ impl Sqlite {
             writer: Some(writer),
             key_prefix: key_prefix.to_owned(),
             call_time_max: options.call_time_max,
+            upkeep: options.upkeep,
+            looking: Mutex::default(),
         })
     }
 
@@ -231,6 +245,49 @@ impl Sqlite {
         size: usize,
         work: impl Fn(&Connection, UnixMillis) -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        self.submit(size, Box::new(work), None).await
+    }
+
+    /// The same, and rings the session's bells after the commit if it has changed something.
+    async fn write_and_ring<T: Send + 'static>(
+        &self,
+        session: &SessionId,
+        is_change: fn(&T) -> bool,
+        size: usize,
+        work: impl Fn(&Connection, UnixMillis) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let ring = Ring {
+            bells: self.shared.bells.clone(),
+            session: session.clone(),
+            is_change,
+        };
+        self.submit(size, Box::new(work), Some(ring)).await
+    }
+
+    /// Has the writing thread do something small that nobody waits for, if there is room for it.
+    fn leave(&self, work: impl Fn(&Connection, UnixMillis) -> Result<()> + Send + 'static) {
+        let room = self.room.clone().try_acquire_many_owned(JOB_BYTES as u32);
+        if let (Some(jobs), Ok(room)) = (&self.jobs, room) {
+            let task = Task {
+                work: Box::new(work) as Work<()>,
+                result: None,
+                reply: oneshot::channel().0,
+                claim: Claim::default(),
+                size: JOB_BYTES,
+                room,
+                ring: None,
+            };
+            // One that has stopped says so to those who wait.
+            let _ = jobs.send(Box::new(task));
+        }
+    }
+
+    async fn submit<T: Send + 'static>(
+        &self,
+        size: usize,
+        work: Work<T>,
+        ring: Option<Ring<T>>,
+    ) -> Result<T> {
         let deadline = Instant::now() + self.call_time_max;
         let size = JOB_BYTES + size;
         let places = size.min(QUEUE_BYTES_MAX) as u32;
@@ -243,12 +300,13 @@ impl Sqlite {
         let (reply, answer) = oneshot::channel();
         let claim = Claim::default();
         let task = Task {
-            work: Box::new(work) as Work<T>,
+            work,
             result: None,
             reply,
             claim: claim.clone(),
             size,
             room,
+            ring,
         };
         let Some(jobs) = &self.jobs else {
             return Err(self.shared.stopped());
@@ -326,29 +384,38 @@ impl Store for Sqlite {
     async fn append(&self, session: &SessionId, append: Append) -> Result<Appended> {
         let key = self.key(session);
         let size = append.elements.iter().map(|element| element.len()).sum();
-        self.write(size, move |db, now_ms| {
-            tables::append(db, &key, &append, now_ms)
+        let upkeep = self.upkeep;
+        let is_new = |appended: &Appended| !appended.repeated;
+        self.write_and_ring(session, is_new, size, move |db, now_ms| {
+            tables::append(db, &key, &append, &upkeep, now_ms)
         })
         .await
     }
 
-    async fn recall(&self, session: &SessionId, request: &RequestKey) -> Result<Option<Appended>> {
-        let key = self.key(session);
-        let request = *request;
-        let clock = self.shared.clock.clone();
-        self.query(move |db| tables::recall(db, &key, &request, clock()))
-            .await
-    }
-
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page> {
         let key = self.key(session);
-        self.query(move |db| tables::read(db, &key, &read)).await
+        let clock = self.shared.clock.clone();
+        let upkeep = self.upkeep;
+        let reading = {
+            let key = key.clone();
+            move |db: &Connection| tables::read(db, &key, &read, &upkeep, clock())
+        };
+        let (page, is_due) = self.query(reading).await?;
+        if is_due {
+            self.leave(move |db, now_ms| sessions::touch(db, &key, &upkeep, now_ms));
+        }
+        Ok(page)
     }
 
     async fn clear(&self, session: &SessionId) -> Result<i64> {
         let key = self.key(session);
-        self.write(0, move |db, now_ms| tables::clear(db, &key, now_ms))
-            .await
+        self.write_and_ring(
+            session,
+            |_| true,
+            0,
+            move |db, now_ms| tables::clear(db, &key, now_ms),
+        )
+        .await
     }
 
     /// In the order of the names. The cursor is the key that comes next.
@@ -358,8 +425,9 @@ impl Store for Sqlite {
             .cursor
             .map_or_else(|| prefix.clone(), |cursor| cursor.0);
         let limit = list.limit.max(1);
+        let clock = self.shared.clock.clone();
         let rows = self
-            .query(move |db| tables::sessions(db, &from, limit))
+            .query(move |db| tables::sessions(db, &from, limit, clock()))
             .await?;
 
         let mut page = SessionsPage {
@@ -389,12 +457,22 @@ impl Store for Sqlite {
         Ok(page)
     }
 
-    async fn expiry(&self, _session: &SessionId) -> Result<Option<UnixMillis>> {
-        Ok(None)
+    async fn expiry(&self, session: &SessionId) -> Result<Option<UnixMillis>> {
+        let key = self.key(session);
+        let clock = self.shared.clock.clone();
+        self.query(move |db| {
+            let session = tables::session(db, &key, clock())?;
+            Ok(session.and_then(|session| session.expires_ms))
+        })
+        .await
     }
 
-    async fn expire(&self, _session: &SessionId, _at_ms: UnixMillis) -> Result<bool> {
-        Ok(false)
+    async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool> {
+        let key = self.key(session);
+        self.write(0, move |db, now_ms| {
+            sessions::expire(db, &key, at_ms, now_ms)
+        })
+        .await
     }
 
     /// False once the writing thread had to stop: the file was moved away, or a defect. A full or

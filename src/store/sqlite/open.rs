@@ -8,13 +8,29 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
 use super::BUSY_MS_MAX;
+use super::fork::END_FORKS;
 use super::turns::END_LEASES;
 
 /// Marks a file as chat-memory's, in SQLite's header: the letters `CMem`.
 const APPLICATION_ID: i32 = i32::from_be_bytes(*b"CMem");
 
 /// What makes a file of version N + 1 out of one of version N. Only ever grows at its end.
-pub const MIGRATIONS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema_2.sql")];
+pub const MIGRATIONS: [&str; 3] = [
+    include_str!("schema.sql"),
+    include_str!("schema_2.sql"),
+    include_str!("schema_3.sql"),
+];
+
+/// Shows a connection that only reads a file of an older version, which a server of that version may
+/// have, what the statements of reads ask for.
+const AS_NOW: &str = "
+    CREATE TEMP VIEW sessions AS
+        SELECT *, 0 AS active_ms, NULL AS expires_ms, NULL AS ttl_ms, NULL AS title,
+            NULL AS metadata, NULL AS origin, NULL AS origin_sequence, NULL AS origin_through,
+            NULL AS count
+        FROM main.sessions;
+    CREATE TEMP VIEW turns AS
+        SELECT NULL AS session, NULL AS state, NULL AS forget_ms WHERE 0;";
 
 /// Why the file cannot be used. For the operator, at start.
 #[derive(Debug, thiserror::Error)]
@@ -276,6 +292,7 @@ fn open_and_migrate(path: &Path, size_bytes_max: Option<u64>) -> Result<Connecti
         step.commit()?;
     }
     db.execute(END_LEASES, [])?;
+    db.execute(END_FORKS, [])?;
     Ok(db)
 }
 
@@ -284,6 +301,10 @@ pub fn open_reader(held: &Held) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(&held.path, flags)?;
     configure(&db)?;
+    let version: i64 = db.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if (1..MIGRATIONS.len() as i64).contains(&version) {
+        db.execute_batch(AS_NOW)?;
+    }
     Ok(db)
 }
 

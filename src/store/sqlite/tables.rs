@@ -1,11 +1,19 @@
 //! What is in the tables, and the statements that read and change it. Knows SQL; knows neither
 //! threads nor transactions: the caller opens those.
+//!
+//! # Rows that nobody sees
+//!
+//! A session that has expired reads as one that never was. Whoever writes to it then takes its key
+//! from its row, and so does [`prune`] before it deletes the first of its messages: such a row has
+//! a key that no session has ([`HIDDEN`]). It is deleted in steps, and the session starts anew with
+//! another row. The rows of forks that are being copied are hidden too.
 
 use bytes::Bytes;
-use rusqlite::{CachedStatement, Connection, OptionalExtension as _, named_params};
+use rusqlite::{CachedStatement, Connection, OptionalExtension as _, Row, named_params};
 
-use super::turns;
+use super::{sessions, turns};
 use crate::message::UnixMillis;
+use crate::store::sessions::{NOTICED_WITHIN_MS, Upkeep};
 use crate::store::{
     Append, Appended, Body, ELEMENT_BYTES_MAX, Element, Epoch, Error, Order, Page,
     REQUEST_MEMORY_MS, Read, RequestKey, Result, Sequence, TOMBSTONE_MS,
@@ -18,26 +26,56 @@ pub const PRUNE_ROWS_MAX: usize = 500;
 /// first, must not bring it to life afterwards; no turn takes as long.
 const FENCE_MS: i64 = 60 * 60 * 1000;
 
+/// What the key of a hidden row begins with: a control character, which no session id has.
+pub const HIDDEN: char = '\u{1}';
+
+/// How long a session that has expired keeps its key, so that whoever waits for a change of it is
+/// told first.
+const DEAD_MS: i64 = 2 * NOTICED_WITHIN_MS as i64;
+
+/// The condition that a row of `sessions` has not expired. One with a turn that runs does not: the
+/// turn's end is a write, which it waits for.
+macro_rules! is_alive {
+    () => {
+        "(sessions.expires_ms IS NULL OR sessions.expires_ms > :now_ms OR EXISTS (
+            SELECT 1 FROM turns
+            WHERE session = sessions.number AND state = 'running' AND forget_ms > :now_ms))"
+    };
+}
+pub(super) use is_alive;
+
 // The greatest sequence in the table counts too: somebody may have added a message by hand.
-const SESSION: &str = "
-    SELECT number, epoch, max(last_sequence, coalesce(
-        (SELECT max(sequence) FROM messages WHERE session = number), 0))
-    FROM sessions WHERE key = :key";
+const SESSION: &str = concat!(
+    "
+    SELECT number, key, epoch, max(last_sequence, coalesce(
+            (SELECT max(sequence) FROM messages WHERE session = number), 0)) AS last_sequence,
+        count, active_ms, expires_ms, ttl_ms, title, metadata, origin, origin_sequence,
+        origin_through
+    FROM sessions WHERE key = :key AND ",
+    is_alive!()
+);
 
 const ADD_SESSION: &str = "
-    INSERT INTO sessions (key, last_sequence) VALUES (:key, :last_sequence)";
-
-const ADD_EMPTY_SESSION: &str = "
     INSERT INTO sessions (key, last_sequence, forget_ms) VALUES (:key, 0, :forget_ms)";
 
+// It goes as one that has expired: [`PRUNE_SESSIONS`] is never to look at it.
+const HIDE_SESSION: &str = "
+    UPDATE sessions SET key = char(1) || 'gone ' || number, expires_ms = 0,
+        forget_ms = 9223372036854775807
+    WHERE key = :key";
+
 const ADVANCE_SESSION: &str = "
-    UPDATE sessions SET last_sequence = :last_sequence, forget_ms = NULL WHERE number = :session";
+    UPDATE sessions SET last_sequence = :last_sequence, count = count + :count, forget_ms = NULL,
+        active_ms = max(active_ms, :now_ms), expires_ms = :expires_ms
+    WHERE number = :session";
 
 const KEEP_SESSION: &str = "
     UPDATE sessions SET forget_ms = :forget_ms WHERE number = :session AND forget_ms < :forget_ms";
 
 const CLEAR_SESSION: &str = "
-    UPDATE sessions SET last_sequence = :last_sequence, epoch = epoch + 1, forget_ms = :forget_ms
+    UPDATE sessions SET last_sequence = :last_sequence, count = NULL, epoch = epoch + 1,
+        forget_ms = :forget_ms, expires_ms = NULL, ttl_ms = NULL, title = NULL, metadata = NULL,
+        origin = NULL, origin_sequence = NULL, origin_through = NULL
     WHERE number = :session";
 
 const ADD_MESSAGE: &str = "
@@ -68,6 +106,23 @@ const PRUNE_SESSIONS: &str = "
     AND NOT EXISTS (SELECT 1 FROM requests WHERE session = sessions.number)
     AND NOT EXISTS (SELECT 1 FROM turns WHERE session = sessions.number)";
 
+// The hidden ones first: they are to be had at any time.
+const EXPIRED: &str = "
+    SELECT number, key FROM sessions WHERE expires_ms <= :dead_ms AND NOT EXISTS (
+        SELECT 1 FROM turns
+        WHERE session = sessions.number AND state = 'running' AND forget_ms > :now_ms)
+    ORDER BY expires_ms LIMIT :limit";
+
+const PRUNE_EXPIRED_MESSAGES: &str = "
+    DELETE FROM messages WHERE session = :session AND sequence IN
+        (SELECT sequence FROM messages WHERE session = :session ORDER BY sequence LIMIT :limit)";
+
+const PRUNE_EXPIRED_REQUESTS: &str = "
+    DELETE FROM requests WHERE number IN
+        (SELECT number FROM requests WHERE session = :session LIMIT :limit)";
+
+const DELETE_SESSION: &str = "DELETE FROM sessions WHERE number = :session";
+
 const FIRST_IN_RANGE: &str = "
     SELECT min(sequence) FROM messages
     WHERE session = :session AND sequence > :after AND sequence < :before";
@@ -94,33 +149,95 @@ const NEWEST_FIRST: &str = "
     ORDER BY sequence DESC LIMIT :limit";
 
 // A cleared session has a row and no messages.
-const SESSIONS: &str = "
-    SELECT key, EXISTS (SELECT 1 FROM messages WHERE session = number)
-    FROM sessions WHERE key >= :from ORDER BY key LIMIT :limit";
+const SESSIONS: &str = concat!(
+    "
+    SELECT key, EXISTS (SELECT 1 FROM messages WHERE session = number) AND ",
+    is_alive!(),
+    "
+    FROM sessions WHERE key >= :from ORDER BY key LIMIT :limit"
+);
 
-/// A row of `sessions`.
-struct Session {
-    number: i64,
-    last_sequence: Sequence,
-    epoch: Epoch,
+/// A row of `sessions`, of one that has not expired.
+pub struct Session {
+    pub number: i64,
+    pub key: String,
+    pub epoch: Epoch,
+    pub last_sequence: Sequence,
+    /// `None`: every sequence from the oldest message to the newest has one.
+    pub count: Option<i64>,
+    /// 0 if it is not known.
+    pub active_ms: UnixMillis,
+    pub expires_ms: Option<UnixMillis>,
+    pub ttl_ms: Option<i64>,
+    pub title: Option<String>,
+    /// Pairs, in JSON.
+    pub metadata: Option<String>,
+    pub origin: Option<Origin>,
 }
 
-fn session(db: &Connection, key: &str) -> Result<Option<Session>> {
-    let found = db
-        .prepare_cached(SESSION)?
-        .query_row(named_params! {":key": key}, |row| {
-            Ok(Session {
-                number: row.get(0)?,
-                epoch: Epoch(row.get(1)?),
-                last_sequence: row.get(2)?,
-            })
+/// Where a session was copied from.
+pub struct Origin {
+    pub key: String,
+    pub sequence: Sequence,
+    /// Up to where it was to be copied.
+    pub through: Option<Sequence>,
+}
+
+impl Session {
+    pub fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
+        let origin: Option<String> = row.get("origin")?;
+        Ok(Self {
+            number: row.get("number")?,
+            key: row.get("key")?,
+            epoch: Epoch(row.get("epoch")?),
+            last_sequence: row.get("last_sequence")?,
+            count: row.get("count")?,
+            active_ms: row.get("active_ms")?,
+            expires_ms: row.get("expires_ms")?,
+            ttl_ms: row.get("ttl_ms")?,
+            title: row.get("title")?,
+            metadata: row.get("metadata")?,
+            origin: match origin {
+                Some(key) => Some(Origin {
+                    key,
+                    sequence: row.get("origin_sequence")?,
+                    through: row.get("origin_through")?,
+                }),
+                None => None,
+            },
         })
-        .optional()?;
-    Ok(found)
+    }
+
+    /// How long it lives after a write: 0 for ever, `None` if nothing is said of that.
+    pub fn lifetime_ms(&self, upkeep: &Upkeep) -> Option<i64> {
+        self.ttl_ms.or(upkeep.ttl_ms)
+    }
+
+    /// When it expires if it is written to now.
+    fn next_expiry(&self, upkeep: &Upkeep, now_ms: UnixMillis) -> Option<UnixMillis> {
+        match self.lifetime_ms(upkeep) {
+            // One that others have set stands. A turn may have kept the session beyond it; what it
+            // has stored is not to be gone at once.
+            None => self.expires_ms.filter(|at_ms| *at_ms > now_ms),
+            Some(ttl_ms) => expiry_after(ttl_ms, now_ms),
+        }
+    }
+}
+
+/// When a session that lives so long from now on expires.
+pub fn expiry_after(ttl_ms: i64, now_ms: UnixMillis) -> Option<UnixMillis> {
+    (ttl_ms > 0).then(|| now_ms.saturating_add(ttl_ms))
+}
+
+/// The row of a session, unless it has expired.
+pub fn session(db: &Connection, key: &str, now_ms: UnixMillis) -> Result<Option<Session>> {
+    let params = named_params! {":key": key, ":now_ms": now_ms};
+    let mut statement = db.prepare_cached(SESSION)?;
+    Ok(statement.query_row(params, Session::from_row).optional()?)
 }
 
 /// What an append under this key stored, if that is still remembered.
-fn remembered(
+pub fn remembered(
     db: &Connection,
     session: i64,
     request: &RequestKey,
@@ -149,8 +266,35 @@ fn remembered(
     }
 }
 
-pub fn append(db: &Connection, key: &str, append: &Append, now_ms: UnixMillis) -> Result<Appended> {
-    let found = session(db, key)?;
+/// Remembers what a request has done.
+pub fn remember(
+    db: &Connection,
+    session: i64,
+    request: &RequestKey,
+    done: &Appended,
+    now_ms: UnixMillis,
+) -> Result<()> {
+    db.prepare_cached(ADD_REQUEST)?.execute(named_params! {
+        ":session": session,
+        ":id": request.id,
+        ":fingerprint": request.fingerprint,
+        ":first_sequence": done.first_sequence,
+        ":count": done.count as i64,
+        ":time_ms": done.time_ms,
+        // By the store's own clock, like every comparison with it.
+        ":expires_ms": now_ms.saturating_add(REQUEST_MEMORY_MS),
+    })?;
+    Ok(())
+}
+
+pub fn append(
+    db: &Connection,
+    key: &str,
+    append: &Append,
+    upkeep: &Upkeep,
+    now_ms: UnixMillis,
+) -> Result<Appended> {
+    let found = session(db, key, now_ms)?;
     if let Some(session) = &found
         && let Some(appended) = remembered(db, session.number, &append.request, now_ms)?
     {
@@ -171,75 +315,73 @@ pub fn append(db: &Connection, key: &str, append: &Append, now_ms: UnixMillis) -
         return Err(Error::SequenceMismatch { expected, actual });
     }
 
-    let (number, appended) = add(db, key, found, &append.elements, append.time_ms)?;
-    db.prepare_cached(ADD_REQUEST)?.execute(named_params! {
-        ":session": number,
-        ":id": append.request.id,
-        ":fingerprint": append.request.fingerprint,
-        ":first_sequence": appended.first_sequence,
-        ":count": appended.count as i64,
-        ":time_ms": append.time_ms,
-        // By the store's own clock, like every comparison with it.
-        ":expires_ms": now_ms.saturating_add(REQUEST_MEMORY_MS),
-    })?;
+    let session = match found {
+        Some(session) => session,
+        None => add_session(db, key, now_ms, now_ms)?,
+    };
+    let appended = add(
+        db,
+        &session,
+        &append.elements,
+        append.time_ms,
+        upkeep,
+        now_ms,
+    )?;
+    remember(db, session.number, &append.request, &appended, now_ms)?;
     Ok(appended)
 }
 
 /// Adds elements at the end of a session, without conditions.
-pub fn add_messages(
+pub fn add(
     db: &Connection,
-    key: &str,
+    session: &Session,
     elements: &[Bytes],
     time_ms: UnixMillis,
+    upkeep: &Upkeep,
+    now_ms: UnixMillis,
 ) -> Result<Appended> {
-    let (_, appended) = add(db, key, session(db, key)?, elements, time_ms)?;
-    Ok(appended)
-}
-
-/// Adds elements at the end of a session, and the session if there is none. Returns its number.
-fn add(
-    db: &Connection,
-    key: &str,
-    found: Option<Session>,
-    elements: &[Bytes],
-    time_ms: UnixMillis,
-) -> Result<(i64, Appended)> {
-    let last = found.as_ref().map_or(0, |session| session.last_sequence);
-    let last_sequence = last + elements.len() as i64;
-    let number = match found {
-        Some(session) => {
-            let params =
-                named_params! {":session": session.number, ":last_sequence": last_sequence};
-            db.prepare_cached(ADVANCE_SESSION)?.execute(params)?;
-            session.number
-        }
-        None => {
-            let params = named_params! {":key": key, ":last_sequence": last_sequence};
-            db.prepare_cached(ADD_SESSION)?.insert(params)?
-        }
-    };
+    let last = session.last_sequence;
+    let count = elements.len() as i64;
+    db.prepare_cached(ADVANCE_SESSION)?.execute(named_params! {
+        ":session": session.number,
+        ":last_sequence": last + count,
+        ":count": count,
+        ":now_ms": now_ms,
+        ":expires_ms": session.next_expiry(upkeep, now_ms),
+    })?;
     let mut add_message = db.prepare_cached(ADD_MESSAGE)?;
     for (element, sequence) in elements.iter().zip(last + 1..) {
-        add_message.execute((number, sequence, element.as_ref()))?;
+        add_message.execute((session.number, sequence, element.as_ref()))?;
     }
-    let appended = Appended {
+    sessions::written(db, session, last + count, upkeep)?;
+    Ok(Appended {
         first_sequence: last + 1,
         count: elements.len(),
         time_ms,
         repeated: false,
-    };
-    Ok((number, appended))
+    })
 }
 
-/// The number of a session's row.
-pub fn session_number(db: &Connection, key: &str) -> Result<Option<i64>> {
-    Ok(session(db, key)?.map(|session| session.number))
+/// Takes the key from the row that has it, if there is one.
+pub fn hide(db: &Connection, key: &str) -> Result<()> {
+    let params = named_params! {":key": key};
+    db.prepare_cached(HIDE_SESSION)?.execute(params)?;
+    Ok(())
 }
 
 /// Adds a session without messages, to be forgotten at a time unless it gets some.
-pub fn add_empty_session(db: &Connection, key: &str, forget_ms: UnixMillis) -> Result<i64> {
+pub fn add_session(
+    db: &Connection,
+    key: &str,
+    forget_ms: UnixMillis,
+    now_ms: UnixMillis,
+) -> Result<Session> {
+    // It may be there, expired.
+    hide(db, key)?;
     let params = named_params! {":key": key, ":forget_ms": forget_ms};
-    Ok(db.prepare_cached(ADD_EMPTY_SESSION)?.insert(params)?)
+    db.prepare_cached(ADD_SESSION)?.execute(params)?;
+    let gone = || Error::Corrupt("a session that was added is not there".to_owned());
+    session(db, key, now_ms)?.ok_or_else(gone)
 }
 
 /// Has a session that is to be forgotten stay until then at least. [`prune`] would look in vain at
@@ -251,17 +393,16 @@ pub fn keep_session(db: &Connection, session: i64, forget_ms: UnixMillis) -> Res
 }
 
 pub fn clear(db: &Connection, key: &str, now_ms: UnixMillis) -> Result<i64> {
-    let (number, last_sequence) = match session(db, key)? {
-        Some(session) => (session.number, session.last_sequence),
-        None => {
-            let params = named_params! {":key": key, ":last_sequence": 0};
-            (db.prepare_cached(ADD_SESSION)?.insert(params)?, 0)
-        }
+    let session = match session(db, key, now_ms)? {
+        Some(session) => session,
+        None => add_session(db, key, now_ms, now_ms)?,
     };
+    let (number, last_sequence) = (session.number, session.last_sequence);
     let by_session = named_params! {":session": number};
     let deleted = db.prepare_cached(DELETE_MESSAGES)?.execute(by_session)?;
     db.prepare_cached(DELETE_REQUESTS)?.execute(by_session)?;
     turns::clear(db, number)?;
+    sessions::delete_pairs(db, number)?;
     let memory_ms = match last_sequence {
         0 => FENCE_MS,
         _ => TOMBSTONE_MS,
@@ -285,30 +426,80 @@ pub fn prune(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
     let sessions = db
         .prepare_cached(PRUNE_SESSIONS)?
         .execute(named_params! {":limit": limit, ":now_ms": now_ms})?;
-    Ok(has_more_turns || [requests, sessions].contains(&PRUNE_ROWS_MAX))
+    let has_more_expired = prune_expired(db, now_ms)?;
+    Ok(has_more_turns || has_more_expired || [requests, sessions].contains(&PRUNE_ROWS_MAX))
 }
 
-pub fn recall(
+/// Deletes what there is of sessions that have expired, about as many rows.
+fn prune_expired(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
+    let mut expired = db.prepare_cached(EXPIRED)?;
+    let rows = expired.query_map(
+        named_params! {
+            ":dead_ms": now_ms.saturating_sub(DEAD_MS),
+            ":now_ms": now_ms,
+            ":limit": PRUNE_ROWS_MAX as i64,
+        },
+        |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)),
+    )?;
+    let rows: Vec<_> = rows.collect::<rusqlite::Result<_>>()?;
+    let mut left = PRUNE_ROWS_MAX;
+    for (number, key) in rows {
+        // Nobody is to see a part of it, also should the clock be set back.
+        if !key.starts_with(HIDDEN) {
+            hide(db, &key)?;
+        }
+        for statement in [PRUNE_EXPIRED_MESSAGES, PRUNE_EXPIRED_REQUESTS] {
+            let params = named_params! {":session": number, ":limit": left as i64};
+            left -= db.prepare_cached(statement)?.execute(params)?;
+        }
+        left -= turns::prune_session(db, number, left as i64)?;
+        if left == 0 {
+            return Ok(true);
+        }
+        sessions::delete_pairs(db, number)?;
+        db.prepare_cached(DELETE_SESSION)?
+            .execute(named_params! {":session": number})?;
+        left -= 1;
+        if left == 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Reads a page. Says also whether the session is to be kept alive for it.
+pub fn read(
     db: &Connection,
     key: &str,
-    request: &RequestKey,
+    read: &Read,
+    upkeep: &Upkeep,
     now_ms: UnixMillis,
-) -> Result<Option<Appended>> {
-    in_snapshot(db, || match session(db, key)? {
-        Some(session) => remembered(db, session.number, request, now_ms),
-        None => Ok(None),
+) -> Result<(Page, bool)> {
+    in_snapshot(db, || {
+        let found = session(db, key, now_ms)?;
+        let is_due = found
+            .as_ref()
+            .is_some_and(|session| sessions::extension(session, upkeep, now_ms).is_some());
+        Ok((page(db, found, read)?, is_due))
     })
 }
 
-pub fn read(db: &Connection, key: &str, read: &Read) -> Result<Page> {
-    in_snapshot(db, || page(db, key, read))
-}
-
 /// The keys from `from` on, in their order, at most `limit`; each with whether it has messages.
-pub fn sessions(db: &Connection, from: &str, limit: usize) -> Result<Vec<(String, bool)>> {
+/// Hidden ones have none.
+pub fn sessions(
+    db: &Connection,
+    from: &str,
+    limit: usize,
+    now_ms: UnixMillis,
+) -> Result<Vec<(String, bool)>> {
     let mut statement = db.prepare_cached(SESSIONS)?;
-    let params = named_params! {":from": from, ":limit": sql_limit(limit)};
-    let rows = statement.query_map(params, |row| Ok((row.get(0)?, row.get(1)?)))?;
+    let params = named_params! {":from": from, ":limit": sql_limit(limit), ":now_ms": now_ms};
+    let rows = statement.query_map(params, |row| {
+        let key: String = row.get(0)?;
+        let has_messages: bool = row.get(1)?;
+        let is_hidden = key.starts_with(HIDDEN);
+        Ok((key, has_messages && !is_hidden))
+    })?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)
 }
 
@@ -321,8 +512,7 @@ pub fn in_snapshot<T>(db: &Connection, read: impl FnOnce() -> Result<T>) -> Resu
     result
 }
 
-fn page(db: &Connection, key: &str, read: &Read) -> Result<Page> {
-    let found = session(db, key)?;
+fn page(db: &Connection, found: Option<Session>, read: &Read) -> Result<Page> {
     let last_sequence = found.as_ref().map_or(0, |session| session.last_sequence);
     let mut page = Page {
         elements: Vec::new(),
@@ -411,11 +601,11 @@ fn after_of_newest(db: &Connection, session: i64, page: &Page, last: usize) -> R
     Ok(first_of_newest - 1)
 }
 
-fn sql_limit(limit: usize) -> i64 {
+pub fn sql_limit(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
-fn corrupt(error: impl std::fmt::Display) -> Error {
+pub fn corrupt(error: impl std::fmt::Display) -> Error {
     Error::Corrupt(error.to_string())
 }
 
@@ -470,6 +660,7 @@ pub mod tests {
     fn every_statement_goes_by_an_index() {
         let statements = [
             SESSION,
+            HIDE_SESSION,
             ADVANCE_SESSION,
             KEEP_SESSION,
             CLEAR_SESSION,
@@ -477,6 +668,10 @@ pub mod tests {
             REQUEST,
             DELETE_REQUESTS,
             PRUNE_SESSIONS,
+            EXPIRED,
+            PRUNE_EXPIRED_MESSAGES,
+            PRUNE_EXPIRED_REQUESTS,
+            DELETE_SESSION,
             FIRST_IN_RANGE,
             LAST_IN_RANGE,
             OLDEST_FIRST,
@@ -499,7 +694,7 @@ pub mod tests {
     #[test]
     fn a_bounded_walk_goes_along_the_key() {
         let steps = plan(SESSIONS);
-        let range = "SEARCH sessions USING COVERING INDEX sqlite_autoindex_sessions_1 (key>?)";
+        let range = "SEARCH sessions USING INDEX sqlite_autoindex_sessions_1 (key>?)";
         assert!(steps.iter().any(|step| step == range), "{steps:#?}");
         assert!(!steps.iter().any(|step| step.contains("TEMP B-TREE")));
 

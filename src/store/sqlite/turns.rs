@@ -7,11 +7,12 @@ use rusqlite::{Connection, OptionalExtension as _, Row, named_params};
 use super::{Sqlite, tables};
 use crate::message::{SessionId, UnixMillis};
 use crate::store::ledger::{self, Record, Slot, State, Table};
+use crate::store::sessions::{Turn, Upkeep};
 use crate::store::turns::{
     BeginTurn, Begun, Chunk, EndTurn, FollowTurn, Followed, KeepTurn, Kept, Stop, StoppedTurn,
     TakeTurn, Taken, Token, TurnId, TurnState, TurnStore,
 };
-use crate::store::{Appended, Error, Result};
+use crate::store::{Appended, Error, Result, Sequence};
 
 /// How long a session that only ever began a turn is remembered besides its turns.
 const EMPTY_SESSION_MS: i64 = 60 * 60 * 1000;
@@ -87,6 +88,33 @@ const PRUNE_TURNS: &str = "
         (SELECT number FROM turns WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)
     AND NOT EXISTS (SELECT 1 FROM turn_chunks WHERE turn = turns.number)";
 
+const PRUNE_SESSION_CHUNKS: &str = "
+    DELETE FROM turn_chunks WHERE (turn, number) IN
+        (SELECT turn, turn_chunks.number FROM
+            (SELECT number FROM turns WHERE session = :session)
+            AS forgotten CROSS JOIN turn_chunks ON turn = forgotten.number
+        LIMIT :limit)";
+
+const PRUNE_SESSION_TURNS: &str = "
+    DELETE FROM turns WHERE number IN
+        (SELECT number FROM turns WHERE session = :session LIMIT :limit)
+    AND NOT EXISTS (SELECT 1 FROM turn_chunks WHERE turn = turns.number)";
+
+const DELETE_REWOUND: &str = "
+    DELETE FROM turns
+    WHERE session = :session AND state = 'completed' AND first_sequence + count - 1 > :after";
+
+// The running one, or else the one that is remembered longest: it ended last.
+const LATEST: &str = "
+    SELECT id, name, fingerprint, state, token, expires_ms, attempt, tries, reserved, first_chunk,
+        next_chunk, stop, outcome, first_sequence, count, time_ms, forget_ms
+    FROM turns WHERE session = :session AND forget_ms > :now_ms
+    ORDER BY forget_ms DESC, number DESC LIMIT 1";
+
+const MOVE_TURNS: &str = "UPDATE turns SET session = :to WHERE session = :session";
+
+const MOVE_LINE: &str = "UPDATE turn_line SET session = :to WHERE session = :session";
+
 const DELETE_TURNS: &str = "DELETE FROM turns WHERE session = :session";
 
 /// Ends the leases of a server that had the file before: only one has it at a time.
@@ -110,22 +138,114 @@ pub fn clear(db: &Connection, session: i64) -> Result<()> {
     Ok(())
 }
 
+/// Deletes what there is of the turns of a session, at most so many rows; says how many. Less than
+/// that is all.
+pub fn prune_session(db: &Connection, session: i64, limit: i64) -> Result<usize> {
+    let params = named_params! {":session": session, ":limit": limit};
+    let chunks = db.prepare_cached(PRUNE_SESSION_CHUNKS)?.execute(params)?;
+    let params = named_params! {":session": session, ":limit": limit - chunks as i64};
+    let turns = db.prepare_cached(PRUNE_SESSION_TURNS)?.execute(params)?;
+    Ok(chunks + turns)
+}
+
+/// Deletes the records of turns that have stored a message after a sequence.
+pub fn rewind(db: &Connection, session: i64, after: Sequence) -> Result<()> {
+    let params = named_params! {":session": session, ":after": after};
+    db.prepare_cached(DELETE_REWOUND)?.execute(params)?;
+    Ok(())
+}
+
+/// Gives the turns of one session to another, which has none.
+pub fn give(db: &Connection, session: i64, to: i64) -> Result<()> {
+    let params = named_params! {":session": session, ":to": to};
+    db.prepare_cached(MOVE_TURNS)?.execute(params)?;
+    db.prepare_cached(MOVE_LINE)?.execute(params)?;
+    Ok(())
+}
+
+/// The turn that runs on a session.
+pub fn running(db: &Connection, session: i64, now_ms: UnixMillis) -> Result<Option<Record>> {
+    let params = named_params! {":session": session};
+    let running: Option<TurnId> = db
+        .prepare_cached(RUNNING)?
+        .query_row(params, |row| row.get(0))
+        .optional()?;
+    match running {
+        Some(turn) => known(db, session, &turn, now_ms),
+        None => Ok(None),
+    }
+}
+
+fn known(
+    db: &Connection,
+    session: i64,
+    turn: &TurnId,
+    now_ms: UnixMillis,
+) -> Result<Option<Record>> {
+    let params = named_params! {":session": session, ":id": turn};
+    let found = db
+        .prepare_cached(TURN)?
+        .query_row(params, |row| Ok(read_record(row)))
+        .optional()?;
+    let record = found.transpose()?;
+    Ok(record.filter(|record| now_ms < record.forget_ms))
+}
+
+/// The turn that runs on a session, or else the last one whose record is there.
+pub fn latest(
+    db: &Connection,
+    session: i64,
+    with_request: bool,
+    now_ms: UnixMillis,
+) -> Result<Option<Turn>> {
+    let record = match running(db, session, now_ms)? {
+        Some(record) => Some(record),
+        None => {
+            let params = named_params! {":session": session, ":now_ms": now_ms};
+            let mut statement = db.prepare_cached(LATEST)?;
+            let found = statement.query_row(params, |row| Ok(read_record(row)));
+            found.optional()?.transpose()?
+        }
+    };
+    let Some(record) = record else {
+        return Ok(None);
+    };
+    let request = match record.state {
+        State::Running | State::Failed { .. } if with_request => {
+            let params = named_params! {":session": session, ":id": record.turn};
+            let mut statement = db.prepare_cached(REQUEST)?;
+            let request: Option<Vec<u8>> = statement.query_row(params, |row| row.get(0))?;
+            request.map(Bytes::from)
+        }
+        _ => None,
+    };
+    Ok(Some(Turn {
+        id: record.turn,
+        attempt: record.attempt,
+        state: record.view(now_ms),
+        name: record.name,
+        request,
+    }))
+}
+
 /// The turns of a session.
 struct Turns<'a> {
     db: &'a Connection,
     key: &'a str,
     /// `None` if there is no row for the session yet.
     session: Option<i64>,
+    upkeep: Upkeep,
     now_ms: UnixMillis,
 }
 
 impl<'a> Turns<'a> {
-    fn open(db: &'a Connection, key: &'a str, now_ms: UnixMillis) -> Result<Self> {
-        let session = tables::session_number(db, key)?;
+    fn open(db: &'a Connection, key: &'a str, upkeep: Upkeep, now_ms: UnixMillis) -> Result<Self> {
+        let session = tables::session(db, key, now_ms)?;
         Ok(Self {
             db,
             key,
-            session,
+            session: session.map(|session| session.number),
+            upkeep,
             now_ms,
         })
     }
@@ -135,9 +255,9 @@ impl<'a> Turns<'a> {
             Some(session) => Ok(session),
             None => {
                 let forget_ms = self.now_ms.saturating_add(EMPTY_SESSION_MS);
-                let session = tables::add_empty_session(self.db, self.key, forget_ms)?;
-                self.session = Some(session);
-                Ok(session)
+                let session = tables::add_session(self.db, self.key, forget_ms, self.now_ms)?;
+                self.session = Some(session.number);
+                Ok(session.number)
             }
         }
     }
@@ -257,7 +377,16 @@ impl Table for Turns<'_> {
     }
 
     fn append(&mut self, elements: &[Bytes], time_ms: UnixMillis) -> Result<Appended> {
-        tables::add_messages(self.db, self.key, elements, time_ms)
+        // Its turn runs, so it is there.
+        let session = tables::session(self.db, self.key, self.now_ms)?.ok_or(Error::Cleared)?;
+        tables::add(
+            self.db,
+            &session,
+            elements,
+            time_ms,
+            &self.upkeep,
+            self.now_ms,
+        )
     }
 }
 
@@ -315,7 +444,7 @@ fn follow(
     follow: &FollowTurn,
     now_ms: UnixMillis,
 ) -> Result<Option<Followed>> {
-    let turns = Turns::open(db, key, now_ms)?;
+    let turns = Turns::open(db, key, Upkeep::default(), now_ms)?;
     let Some(record) = ledger::known(&turns, &follow.turn, now_ms)? else {
         return Ok(None);
     };
@@ -359,25 +488,31 @@ fn size_of(chunk: Option<&Chunk>) -> usize {
 impl TurnStore for Sqlite {
     async fn begin_turn(&self, session: &SessionId, begin: BeginTurn) -> Result<Begun> {
         let key = self.key(session);
+        let upkeep = self.upkeep;
         let size = begin.name.len() + begin.request.len();
-        self.write(size, move |db, now_ms| {
-            ledger::begin(&mut Turns::open(db, &key, now_ms)?, &begin, now_ms)
+        let is_begun = |begun: &Begun| matches!(begun, Begun::Leased(_));
+        self.write_and_ring(session, is_begun, size, move |db, now_ms| {
+            ledger::begin(&mut Turns::open(db, &key, upkeep, now_ms)?, &begin, now_ms)
         })
         .await
     }
 
     async fn take_turn(&self, session: &SessionId, take: TakeTurn) -> Result<Taken> {
         let key = self.key(session);
-        self.write(take.outcome.len(), move |db, now_ms| {
-            ledger::take(&mut Turns::open(db, &key, now_ms)?, &take, now_ms)
+        let upkeep = self.upkeep;
+        let is_changed = |taken: &Taken| matches!(taken, Taken::Leased(_) | Taken::Ended(_));
+        let size = take.outcome.len();
+        self.write_and_ring(session, is_changed, size, move |db, now_ms| {
+            ledger::take(&mut Turns::open(db, &key, upkeep, now_ms)?, &take, now_ms)
         })
         .await
     }
 
     async fn keep_turn(&self, session: &SessionId, keep: KeepTurn) -> Result<Kept> {
         let key = self.key(session);
+        let upkeep = self.upkeep;
         self.write(size_of(keep.chunk.as_ref()), move |db, now_ms| {
-            ledger::keep(&mut Turns::open(db, &key, now_ms)?, &keep, now_ms)
+            ledger::keep(&mut Turns::open(db, &key, upkeep, now_ms)?, &keep, now_ms)
         })
         .await
     }
@@ -386,9 +521,15 @@ impl TurnStore for Sqlite {
         let key = self.key(session);
         let elements: usize = end.elements.iter().map(Bytes::len).sum();
         let size = size_of(end.chunk.as_ref()) + elements + end.outcome.len();
-        self.write(size, move |db, now_ms| {
-            ledger::end(&mut Turns::open(db, &key, now_ms)?, &end, now_ms)
-        })
+        let upkeep = self.upkeep;
+        self.write_and_ring(
+            session,
+            |_| true,
+            size,
+            move |db, now_ms| {
+                ledger::end(&mut Turns::open(db, &key, upkeep, now_ms)?, &end, now_ms)
+            },
+        )
         .await
     }
 
@@ -399,8 +540,14 @@ impl TurnStore for Sqlite {
         stop: Stop,
     ) -> Result<Option<StoppedTurn>> {
         let key = self.key(session);
+        let upkeep = self.upkeep;
         self.write(0, move |db, now_ms| {
-            ledger::stop(&mut Turns::open(db, &key, now_ms)?, turn, stop, now_ms)
+            ledger::stop(
+                &mut Turns::open(db, &key, upkeep, now_ms)?,
+                turn,
+                stop,
+                now_ms,
+            )
         })
         .await
     }
@@ -461,6 +608,12 @@ mod tests {
             CHUNKS,
             ORPHANS,
             PRUNE_TURNS,
+            PRUNE_SESSION_CHUNKS,
+            PRUNE_SESSION_TURNS,
+            DELETE_REWOUND,
+            LATEST,
+            MOVE_TURNS,
+            MOVE_LINE,
             DELETE_TURNS,
             END_LEASES,
         ];

@@ -19,8 +19,8 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::{Shared, tables};
-use crate::message::UnixMillis;
-use crate::store::{Error, Result};
+use crate::message::{SessionId, UnixMillis};
+use crate::store::{Bells, Error, Result};
 
 /// Jobs of one transaction, at most: bounds how long the first one waits for the others.
 const BATCH_JOBS_MAX: usize = 512;
@@ -66,6 +66,15 @@ pub struct Task<T> {
     pub size: usize,
     /// Its place in the queue.
     pub room: OwnedSemaphorePermit,
+    /// Whom to tell of it.
+    pub ring: Option<Ring<T>>,
+}
+
+/// Whose bells ring after a job, and whether they do.
+pub struct Ring<T> {
+    pub bells: Bells,
+    pub session: SessionId,
+    pub is_change: fn(&T) -> bool,
 }
 
 impl<T: Send> Job for Task<T> {
@@ -85,6 +94,13 @@ impl<T: Send> Job for Task<T> {
     }
 
     fn answer(self: Box<Self>, failure: Option<Error>) {
+        // It may be stored also where the commit's outcome is unknown.
+        if let Some(ring) = self.ring
+            && let Some(Ok(done)) = &self.result
+            && (ring.is_change)(done)
+        {
+            ring.bells.ring(&ring.session);
+        }
         let not_run = || Err(Error::Unavailable("the write was not begun".to_owned()));
         let result = match failure {
             Some(error) => Err(error),

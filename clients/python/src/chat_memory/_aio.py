@@ -12,11 +12,11 @@ import grpc.aio
 from typing_extensions import Self
 
 from chat_memory import _channel, _requests
-from chat_memory._errors import ChatMemoryError, from_rpc
+from chat_memory._errors import from_rpc
 from chat_memory._proto import chat_memory_pb2 as pb
 from chat_memory._proto.chat_memory_pb2_grpc import ChatMemoryStub
 from chat_memory._requests import CALL_SECONDS, CHAT_SECONDS, Event, TurnState
-from chat_memory._retry import Attempts
+from chat_memory._retry import Attempts, passes
 
 if TYPE_CHECKING:
     from chat_memory._proto.chat_memory_pb2_grpc import ChatMemoryAsyncStub
@@ -97,15 +97,22 @@ class AsyncClient:
         page_token: str = "",
         newest_first: bool = False,
         last_messages: int | None = None,
+        last_turns: int | None = None,
+        max_tokens: int | None = None,
         after_sequence: int | None = None,
         before_sequence: int | None = None,
         include_raw: bool = False,
+        model: str = "",
         timeout: float | None = None,
     ) -> pb.GetMessagesResponse:
         """Returns one page: its `messages`, and the `next_page_token` if there are more.
 
         `last_messages=20` is the usual way to read the end of a session; it costs the same however
         long the session is.
+
+        With `last_turns` or `max_tokens` it is a window instead: the end of the session as a model
+        accepts it, on one page, with its `token_count` as the tokenizer of `model` counts.
+        `WINDOW_TOO_SMALL` says that the newest exchange alone takes more.
         """
         request = _requests.page_request(
             session_id,
@@ -113,9 +120,12 @@ class AsyncClient:
             page_token=page_token,
             newest_first=newest_first,
             last_messages=last_messages,
+            last_turns=last_turns,
+            max_tokens=max_tokens,
             after_sequence=after_sequence,
             before_sequence=before_sequence,
             include_raw=include_raw,
+            model=model,
         )
         return await self._call(self._open().GetMessages, request, timeout)
 
@@ -169,10 +179,13 @@ class AsyncClient:
         model: str = "",
         system_prompt: str = "",
         last_messages: int | None = None,
+        last_turns: int | None = None,
+        max_tokens: int | None = None,
         tools: Iterable[pb.Tool] = (),
         options: pb.ModelOptions | None = None,
         on_conflict: pb.OnConflict.ValueType = pb.ON_CONFLICT_UNSPECIFIED,
         on_disconnect: pb.OnDisconnect.ValueType = pb.ON_DISCONNECT_UNSPECIFIED,
+        retry: bool = True,
         timeout: float = CHAT_SECONDS,
     ) -> AsyncChatStream:
         """Runs a turn: the server asks the model, with the session's history, and stores question
@@ -180,7 +193,9 @@ class AsyncClient:
 
         `messages` is what is new: a text, a message, or several (results of tools). Keep the
         stream's `turn_id`, or give one: after a failure, `chat` with the same id and arguments
-        gets the same turn again.
+        gets the same turn again, and `resume` goes on with it where it was.
+
+        With `retry=False`, the stream raises every failure in place of going on by itself.
         """
         request = _requests.chat_request(
             session_id,
@@ -189,16 +204,56 @@ class AsyncClient:
             model=model,
             system_prompt=system_prompt,
             last_messages=last_messages,
+            last_turns=last_turns,
+            max_tokens=max_tokens,
             tools=tools,
             options=options,
             on_conflict=on_conflict,
             on_disconnect=on_disconnect,
         )
+        return self._stream(request, timeout, retry)
 
-        def start(seconds: float) -> _Call:
+    def resume(
+        self,
+        session_id: str,
+        turn_id: str,
+        resume_after: int = 0,
+        *,
+        retry: bool = True,
+        timeout: float = CHAT_SECONDS,
+    ) -> AsyncChatStream:
+        """Follows a turn that was begun before, here or elsewhere, while it runs and after it has
+        ended: the events after number `resume_after`, or all of them. The stream of a turn that has
+        none after it is empty.
+
+        The stream raises `NotFound` if there is no such turn, or it is forgotten.
+        """
+        request = _requests.follow_request(session_id, turn_id, resume_after)
+        return self._stream(request, timeout, retry)
+
+    async def stop(
+        self,
+        session_id: str,
+        turn_id: str = "",
+        discard: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> pb.StopChatResponse:
+        """Ends a turn, the running one if none is named, wherever it runs. Returns its `turn_id`
+        and the `messages` that were stored: question and answer as far as it went, marked as
+        `interrupted`; none with `discard`. A turn that has ended stays as it is.
+
+        Raises `NotFound` if there is no such turn. Tried again only if the turn is named: another
+        one may run by then.
+        """
+        request = _requests.stop_request(session_id, turn_id, discard)
+        return await self._call(self._open().StopChat, request, timeout, may_repeat=bool(turn_id))
+
+    def _stream(self, request: pb.ChatRequest, timeout: float, retry: bool) -> AsyncChatStream:
+        def start(request: pb.ChatRequest, seconds: float) -> _Call:
             return self._open().Chat(request, timeout=seconds)
 
-        return AsyncChatStream(start, request.turn_id, timeout)
+        return AsyncChatStream(start, request, timeout, retry)
 
     def _open(self) -> ChatMemoryAsyncStub:
         if self._closed:
@@ -212,7 +267,11 @@ class AsyncClient:
         return stub
 
     async def _call(
-        self, method: _Method[_Request, _Response], request: _Request, timeout: float | None
+        self,
+        method: _Method[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+        may_repeat: bool = True,
     ) -> _Response:
         attempts = Attempts(self._timeout if timeout is None else timeout)
         while True:
@@ -220,7 +279,7 @@ class AsyncClient:
                 return await method(request, timeout=attempts.time_left())
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
-            pause = attempts.pause_after(error)
+            pause = attempts.pause_after(error) if may_repeat and passes(error) else None
             if pause is None:
                 raise error
             await asyncio.sleep(pause)
@@ -242,13 +301,16 @@ class AsyncChatStream(TurnState):
 
     def __init__(
         self,
-        start: Callable[[float], _Call],
-        turn_id: str,
+        start: Callable[[pb.ChatRequest, float], _Call],
+        request: pb.ChatRequest,
         timeout: float,
+        retry: bool,
     ) -> None:
-        super().__init__(turn_id)
+        super().__init__(request)
         self._start = start
         self._timeout = timeout
+        self._retry = retry
+        self._attempts: Attempts | None = None
         self._call: _Call | None = None
         self._closed = False
 
@@ -259,16 +321,7 @@ class AsyncChatStream(TurnState):
         if self._closed or self.completed is not None:
             raise StopAsyncIteration
         try:
-            response = await (self._first() if self._call is None else _next(self._call))
-        except StopAsyncIteration:
-            self._cancel()
-            raise self._cut() from None
-        except grpc.RpcError as failure:
-            self._cancel()
-            raise self._failed(from_rpc(failure)) from None
-        except ChatMemoryError as error:
-            self._cancel()
-            raise self._failed(error) from None
+            response = await self._next()
         except asyncio.CancelledError:
             if self._closed and not _is_cancelled():
                 # The stream was closed by another task, this one was not cancelled.
@@ -305,25 +358,33 @@ class AsyncChatStream(TurnState):
         if self._call is not None:
             self._call.cancel()
 
-    async def _first(self) -> pb.ChatResponse:
-        attempts = Attempts(self._timeout)
+    async def _next(self) -> pb.ChatResponse:
+        attempts = self._attempts = self._attempts or Attempts(self._timeout)
         while True:
-            self._call = self._start(attempts.time_left())
+            if self._call is None:
+                self._call = self._start(self._request, attempts.time_left())
             try:
-                return await _next(self._call)
+                response = await self._call.read()
+                if isinstance(response, pb.ChatResponse):
+                    attempts.succeeded()
+                    return response
+                if self._closed or self._is_at_end:
+                    self._cancel()
+                    raise StopAsyncIteration
+                error = self._cut()
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
-            pause = attempts.pause_after(error)
+            if self._closed:
+                raise StopAsyncIteration
+            may_repeat = self._retry and self._may_repeat(error)
+            pause = attempts.pause_after(error) if may_repeat else None
             if pause is None:
-                raise error
+                self._cancel()
+                raise self._failed(error)
+            self._call = None
             await asyncio.sleep(pause)
-
-
-async def _next(call: _Call) -> pb.ChatResponse:
-    response = await call.read()
-    if isinstance(response, pb.ChatResponse):
-        return response
-    raise StopAsyncIteration
+            if self._closed:
+                raise StopAsyncIteration
 
 
 def _is_cancelled() -> bool:

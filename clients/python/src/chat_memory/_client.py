@@ -11,11 +11,11 @@ import grpc
 from typing_extensions import Self
 
 from chat_memory import _channel, _requests
-from chat_memory._errors import ChatMemoryError, from_rpc
+from chat_memory._errors import from_rpc
 from chat_memory._proto import chat_memory_pb2 as pb
 from chat_memory._proto.chat_memory_pb2_grpc import ChatMemoryStub
 from chat_memory._requests import CALL_SECONDS, CHAT_SECONDS, Event, TurnState
-from chat_memory._retry import Attempts
+from chat_memory._retry import Attempts, passes
 
 _Request = TypeVar("_Request", contravariant=True)
 _Response = TypeVar("_Response", covariant=True)
@@ -101,15 +101,22 @@ class Client:
         page_token: str = "",
         newest_first: bool = False,
         last_messages: int | None = None,
+        last_turns: int | None = None,
+        max_tokens: int | None = None,
         after_sequence: int | None = None,
         before_sequence: int | None = None,
         include_raw: bool = False,
+        model: str = "",
         timeout: float | None = None,
     ) -> pb.GetMessagesResponse:
         """Returns one page: its `messages`, and the `next_page_token` if there are more.
 
         `last_messages=20` is the usual way to read the end of a session; it costs the same however
         long the session is.
+
+        With `last_turns` or `max_tokens` it is a window instead: the end of the session as a model
+        accepts it, on one page, with its `token_count` as the tokenizer of `model` counts.
+        `WINDOW_TOO_SMALL` says that the newest exchange alone takes more.
         """
         request = _requests.page_request(
             session_id,
@@ -117,9 +124,12 @@ class Client:
             page_token=page_token,
             newest_first=newest_first,
             last_messages=last_messages,
+            last_turns=last_turns,
+            max_tokens=max_tokens,
             after_sequence=after_sequence,
             before_sequence=before_sequence,
             include_raw=include_raw,
+            model=model,
         )
         return self._call(self._open().GetMessages, request, timeout)
 
@@ -172,10 +182,13 @@ class Client:
         model: str = "",
         system_prompt: str = "",
         last_messages: int | None = None,
+        last_turns: int | None = None,
+        max_tokens: int | None = None,
         tools: Iterable[pb.Tool] = (),
         options: pb.ModelOptions | None = None,
         on_conflict: pb.OnConflict.ValueType = pb.ON_CONFLICT_UNSPECIFIED,
         on_disconnect: pb.OnDisconnect.ValueType = pb.ON_DISCONNECT_UNSPECIFIED,
+        retry: bool = True,
         timeout: float = CHAT_SECONDS,
     ) -> ChatStream:
         """Runs a turn: the server asks the model, with the session's history, and stores question
@@ -183,7 +196,9 @@ class Client:
 
         `messages` is what is new: a text, a message, or several (results of tools). Keep the
         stream's `turn_id`, or give one: after a failure, `chat` with the same id and arguments
-        gets the same turn again.
+        gets the same turn again, and `resume` goes on with it where it was.
+
+        With `retry=False`, the stream raises every failure in place of going on by itself.
         """
         request = _requests.chat_request(
             session_id,
@@ -192,17 +207,58 @@ class Client:
             model=model,
             system_prompt=system_prompt,
             last_messages=last_messages,
+            last_turns=last_turns,
+            max_tokens=max_tokens,
             tools=tools,
             options=options,
             on_conflict=on_conflict,
             on_disconnect=on_disconnect,
         )
+        return self._stream(request, timeout, retry)
+
+    def resume(
+        self,
+        session_id: str,
+        turn_id: str,
+        resume_after: int = 0,
+        *,
+        retry: bool = True,
+        timeout: float = CHAT_SECONDS,
+    ) -> ChatStream:
+        """Follows a turn that was begun before, here or elsewhere, while it runs and after it has
+        ended: the events after number `resume_after`, or all of them. The stream of a turn that has
+        none after it is empty.
+
+        The stream raises `NotFound` if there is no such turn, or it is forgotten.
+        """
+        request = _requests.follow_request(session_id, turn_id, resume_after)
+        return self._stream(request, timeout, retry)
+
+    def stop(
+        self,
+        session_id: str,
+        turn_id: str = "",
+        discard: bool = False,
+        *,
+        timeout: float | None = None,
+    ) -> pb.StopChatResponse:
+        """Ends a turn, the running one if none is named, wherever it runs. Returns its `turn_id`
+        and the `messages` that were stored: question and answer as far as it went, marked as
+        `interrupted`; none with `discard`. A turn that has ended stays as it is.
+
+        Raises `NotFound` if there is no such turn. Tried again only if the turn is named: another
+        one may run by then.
+        """
+        request = _requests.stop_request(session_id, turn_id, discard)
+        return self._call(self._open().StopChat, request, timeout, may_repeat=bool(turn_id))
+
+    def _stream(self, request: pb.ChatRequest, timeout: float, retry: bool) -> ChatStream:
         method = self._open().Chat
 
-        def start(seconds: float) -> _Call:
+        def start(request: pb.ChatRequest, seconds: float) -> _Call:
             return method(request, timeout=seconds)
 
-        return ChatStream(start, request.turn_id, timeout)
+        return ChatStream(start, request, timeout, retry)
 
     def _open(self) -> ChatMemoryStub:
         if self._stub is None:
@@ -210,7 +266,11 @@ class Client:
         return self._stub
 
     def _call(
-        self, method: _Method[_Request, _Response], request: _Request, timeout: float | None
+        self,
+        method: _Method[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+        may_repeat: bool = True,
     ) -> _Response:
         attempts = Attempts(self._timeout if timeout is None else timeout)
         while True:
@@ -218,7 +278,7 @@ class Client:
                 return method(request, timeout=attempts.time_left())
             except grpc.RpcError as failure:
                 error = from_rpc(failure)
-            pause = attempts.pause_after(error)
+            pause = attempts.pause_after(error) if may_repeat and passes(error) else None
             if pause is None:
                 raise error
             time.sleep(pause)
@@ -234,21 +294,28 @@ class ChatStream(TurnState):
     ...         case Completed():
     ...             print("\\nstored")
 
-    The call is made when the first event is asked for. Until that event came, failures that pass
-    are tried again with the same turn id; after it they are raised, for the text that was shown
-    cannot be taken back. `close` cancels the stream, and so does leaving a `with` block. What
-    becomes of the turn then is up to `on_disconnect`: by default it goes on and is stored.
+    The call is made when the first event is asked for. If the stream breaks off (the connection,
+    the server or the store fails), it goes on after the last event that came, with the same turn,
+    for as long as `timeout` and tries of half a minute allow. A server that takes the turn over
+    runs it anew: then another `Started` comes, and the text before it is void. What the turn itself
+    fails with is raised.
+
+    `close` cancels the stream, and so does leaving a `with` block. What becomes of the turn then is
+    up to `on_disconnect`: by default it goes on and is stored.
     """
 
     def __init__(
         self,
-        start: Callable[[float], _Call],
-        turn_id: str,
+        start: Callable[[pb.ChatRequest, float], _Call],
+        request: pb.ChatRequest,
         timeout: float,
+        retry: bool,
     ) -> None:
-        super().__init__(turn_id)
+        super().__init__(request)
         self._start = start
         self._timeout = timeout
+        self._retry = retry
+        self._attempts: Attempts | None = None
         self._call: _Call | None = None
         self._closed = False
 
@@ -258,22 +325,33 @@ class ChatStream(TurnState):
     def __next__(self) -> Event:
         if self._closed or self.completed is not None:
             raise StopIteration
-        try:
-            response = self._first() if self._call is None else next(self._call)
-        except StopIteration:
+        attempts = self._attempts = self._attempts or Attempts(self._timeout)
+        while True:
+            if self._call is None:
+                self._call = self._start(self._request, attempts.time_left())
+            try:
+                response = next(self._call)
+            except StopIteration:
+                if self._closed or self._is_at_end:
+                    self.close()
+                    raise
+                error = self._cut()
+            except grpc.RpcError as failure:
+                error = from_rpc(failure)
+            else:
+                attempts.succeeded()
+                return self._take(response)
             if self._closed:
-                raise
-            self.close()
-            raise self._cut() from None
-        except grpc.RpcError as failure:
+                raise StopIteration
+            may_repeat = self._retry and self._may_repeat(error)
+            pause = attempts.pause_after(error) if may_repeat else None
+            if pause is None:
+                self.close()
+                raise self._failed(error)
+            self._call = None
+            time.sleep(pause)
             if self._closed:
-                raise StopIteration from None
-            self.close()
-            raise self._failed(from_rpc(failure)) from None
-        except ChatMemoryError as error:
-            self.close()
-            raise self._failed(error) from None
-        return self._take(response)
+                raise StopIteration
 
     def __enter__(self) -> Self:
         return self
@@ -299,16 +377,3 @@ class ChatStream(TurnState):
         if self.answer is None:
             raise self._cut()
         return self.answer.content
-
-    def _first(self) -> pb.ChatResponse:
-        attempts = Attempts(self._timeout)
-        while True:
-            self._call = self._start(attempts.time_left())
-            try:
-                return next(self._call)
-            except grpc.RpcError as failure:
-                error = from_rpc(failure)
-            pause = None if self._closed else attempts.pause_after(error)
-            if pause is None:
-                raise error
-            time.sleep(pause)

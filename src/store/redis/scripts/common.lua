@@ -75,8 +75,9 @@ local function clock()
 end
 
 -- Reads the facts and compares them with the list. Writes nothing. Returns the session as it is
--- now, with `is_changed` if the facts need saving and `is_cleared` if the list was deleted by
--- others or has expired since; or nil and what the script must return.
+-- now, with `is_changed` if the facts need saving, `is_cleared` if the list was deleted by others
+-- since, `is_new` if it holds nothing because it has expired or never did, `has_expired` in the
+-- first of these cases, and `is_known` if there are facts; or nil and what the script must return.
 local function reconcile()
   local length = redis.pcall('LLEN', LIST)
   local refusal = refusal_of(length, LIST)
@@ -102,6 +103,9 @@ local function reconcile()
     ttl = tonumber(facts[7] or ''),
     is_changed = false,
     is_cleared = false,
+    is_known = facts[2] and true or false,
+    is_new = not facts[2] and length == 0,
+    has_expired = false,
   }
   session.old_gaps = session.gaps
   -- What the sequence of the newest element is above its place.
@@ -148,7 +152,9 @@ local function reconcile()
     session.ttl = nil
     newest, extra = session.base, 0
     session.is_changed = true
-    session.is_cleared = true
+    session.is_new = has_expired
+    session.has_expired = has_expired
+    session.is_cleared = not has_expired
   end
 
   -- What others have added since.
@@ -221,6 +227,60 @@ local function expire_in(key, left)
   end
 end
 
+-- The fields of {K}:turns that turns.lua describes.
+local function chunk_field(turn, index)
+  return turn .. 'chunk:' .. decimal(index)
+end
+
+local function ordinal_field(ordinal)
+  return 'turn:' .. decimal(ordinal)
+end
+
+local function delete_chunks(turn, record)
+  for from = record.first_chunk, record.next_chunk - 1, CHUNK do
+    local names = {}
+    for index = from, math.min(from + CHUNK, record.next_chunk) - 1 do
+      names[#names + 1] = chunk_field(turn, index)
+    end
+    redis.call('HDEL', TURNS, unpack(names))
+  end
+end
+
+-- Forgets the turns that have completed and whose messages have gone with a list that expired. One
+-- that runs goes on: nobody cleared the session.
+local function forget_completed(session)
+  local bounds = redis.pcall('HMGET', TURNS, 'first_turn', 'last_turn')
+  if bounds.err or not bounds[2] then
+    return
+  end
+  for ordinal = tonumber(bounds[1]), tonumber(bounds[2]) do
+    local turn = redis.call('HGET', TURNS, ordinal_field(ordinal))
+    local packed = turn and redis.call('HGET', TURNS, turn)
+    local record = packed and cmsgpack.unpack(packed)
+    local is_gone = session.is_new
+      or record and record.list_until_ms and record.list_until_ms <= session.now
+    if record and record.state == 'completed' and is_gone then
+      delete_chunks(turn, record)
+      redis.call('HDEL', TURNS, turn)
+    end
+  end
+end
+
+-- Lets {K}:turns live no longer than the list, which lives `left` ms, unless a turn runs: that one
+-- goes on without it.
+local function shorten_turns(left)
+  local running = redis.pcall('HGET', TURNS, 'running')
+  if type(running) == 'table' then
+    return
+  end
+  if running and running ~= '' then
+    left = math.max(left, LINGER_MS)
+  end
+  if redis.call('PTTL', TURNS) > left then
+    expire_in(TURNS, left)
+  end
+end
+
 -- Writes the facts, and the expiry of all companion keys. HSET is the only command here that Redis
 -- refuses when it is out of memory, and it does so only if it is the script's first write.
 local function save(session)
@@ -255,7 +315,17 @@ local function save(session)
 
   if session.is_cleared then
     redis.call('UNLINK', REQUESTS[0], REQUESTS[1], TURNS)
+  elseif session.is_new or not session.is_known then
+    if session.has_expired then
+      redis.call('UNLINK', REQUESTS[0], REQUESTS[1])
+    end
+    forget_completed(session)
+  end
+  if session.is_cleared or session.has_expired then
     redis.call('HDEL', SESSION, 'ttl', 'title', 'metadata', 'origin')
+  end
+  if session.expires_at then
+    shorten_turns(session.expires_at - session.now)
   end
 end
 
@@ -390,7 +460,7 @@ local function recall(session, request)
     if refusal then
       return nil, refusal
     end
-    if record and not session.is_cleared then
+    if record and not session.is_cleared and not session.has_expired then
       if #record ~= 44 then
         return nil, { 'corrupt', REQUESTS[bucket] }
       end

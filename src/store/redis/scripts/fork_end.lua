@@ -28,7 +28,7 @@ if refusal then
 end
 local is_running = turn ~= '' and turn[4][1] == 'running'
 if session.length > 0 or is_running then
-  if not session.is_cleared and redis.call('HGET', SESSION, 'origin') == ARGV[4] then
+  if session.length > 0 and not session.is_cleared and redis.call('HGET', SESSION, 'origin') == ARGV[4] then
     return seen(session, turn, 0)
   end
   return { 'exists' }

@@ -24,7 +24,8 @@ local function last_turn_of(session, with_request)
     turn = redis.call('HGET', TURNS, ordinal_field(tonumber(values[2])))
     record = turn and known(redis.call('HGET', TURNS, turn), session.now)
   end
-  if not record then
+  -- The messages of one that has completed have gone with a list that expired.
+  if not record or session.has_expired and record.state == 'completed' then
     return ''
   end
   local request = with_request and record.state ~= 'completed'
@@ -34,7 +35,7 @@ end
 
 local function seen(session, turn, at)
   local facts = redis.call('HMGET', SESSION, 'title', 'metadata', 'ttl', 'origin')
-  if session.is_cleared then
+  if session.is_cleared or session.has_expired then
     -- They may be there still, if Redis refuses writes.
     facts = {}
   end

@@ -58,6 +58,10 @@ local function pack_line()
 end
 
 local found = known(values[1], now)
+if found and found.state == 'completed' and session.is_new then
+  -- Its messages have gone with the list.
+  found = nil
+end
 if found then
   if found.print ~= ARGV[2] then
     return { 'reused' }

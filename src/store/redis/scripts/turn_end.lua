@@ -13,7 +13,8 @@
 --
 -- Returns, besides what common.lua says:
 --   { 'ended', state }   perhaps by an earlier call
---   { 'cleared' }        there is no such turn, or others have cleared the session
+--   { 'cleared' }        there is no such turn, or others have cleared the session. A list that
+--                        expired is not a clear: the turn is stored into a session that starts anew
 --   { 'lease lost' }     the token is another
 --
 -- All checks come before the first write, and the first write is LPUSH, or HSET if there are no

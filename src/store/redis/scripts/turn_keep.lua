@@ -11,10 +11,11 @@
 --   8  the chunk
 --
 -- Returns, besides what common.lua says:
---   { 'kept', stop, followed }   'keep', 'discard' or ''; how long ago a follower was noted, in ms,
---                                or ''
---   { 'cleared' }                there is no such turn
---   { 'lease lost' }             the token is another, or the turn has ended
+--   { 'kept', stop, followed, index }   'keep', 'discard' or ''; how long ago a follower was noted,
+--                                       in ms, or ''; 1 to enter the turn into the index of running
+--                                       turns once more, since others may have deleted it, else 0
+--   { 'cleared' }                       there is no such turn
+--   { 'lease lost' }                    the token is another, or the turn has ended
 --
 -- Looks at {K}:turns only: this is what a turn does most.
 
@@ -35,5 +36,11 @@ local others = {}
 add_chunk(turn, record, ARGV[7], ARGV[8], others)
 record.reserved = math.max(record.reserved, tonumber(ARGV[6]) + tonumber(ARGV[5]))
 lease_to(record, ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), now)
+-- Twice in a lease: an entry is then never due for a look while its turn has a holder.
+local is_due = now - (record.indexed_ms or 0) >= tonumber(ARGV[3]) / 2
+if is_due then
+  record.indexed_ms = now
+end
 write(turn, record, others, now)
-return { 'kept', record.stop, record.followed_ms and now - record.followed_ms or '' }
+local followed = record.followed_ms and now - record.followed_ms or ''
+return { 'kept', record.stop, followed, is_due and 1 or 0 }

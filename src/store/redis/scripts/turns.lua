@@ -29,6 +29,8 @@
 --   next_chunk     …and before this one
 --   stop           '', 'keep' or 'discard'
 --   followed_ms    when a follower was last noted; nil if none was
+--   indexed_ms     when the turn was last entered into the index of running turns; the file has no
+--                  such index, and so no such field
 --   forget_ms      when the record is forgotten
 --   list_until_ms  when the list expires; nil if it does not, as far as begin and end have seen
 --   outcome        how it ended, unless it runs
@@ -42,18 +44,10 @@
 --
 -- Leased, in replies: { 'leased', attempt, first event, next chunk, name, request, stop }.
 --
--- The whole key expires when its last record is forgotten, and with the list.
+-- The whole key expires when its last record is forgotten, and with the list, unless a turn runs.
 
 local function request_field(turn)
   return turn .. 'request'
-end
-
-local function chunk_field(turn, index)
-  return turn .. 'chunk:' .. decimal(index)
-end
-
-local function ordinal_field(ordinal)
-  return 'turn:' .. decimal(ordinal)
 end
 
 -- Fields of {K}:turns; or nil and what the script must return.
@@ -100,6 +94,7 @@ local function start(record, token, lease_ms, retention_ms, reserve, now)
   record.attempt = record.attempt + 1
   record.tries = record.tries + 1
   record.reserved = record.reserved + reserve
+  record.indexed_ms = now
   lease_to(record, token, lease_ms, retention_ms, now)
 end
 
@@ -137,15 +132,5 @@ local function add_chunk(turn, record, index, bytes, others)
     others[#others + 1] = chunk_field(turn, record.next_chunk)
     others[#others + 1] = bytes
     record.next_chunk = record.next_chunk + 1
-  end
-end
-
-local function delete_chunks(turn, record)
-  for from = record.first_chunk, record.next_chunk - 1, CHUNK do
-    local names = {}
-    for index = from, math.min(from + CHUNK, record.next_chunk) - 1 do
-      names[#names + 1] = chunk_field(turn, index)
-    end
-    redis.call('HDEL', TURNS, unpack(names))
   end
 end

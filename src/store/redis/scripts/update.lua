@@ -5,7 +5,7 @@
 --   3, 4   another, and so on
 --
 -- Returns, besides what common.lua says:
---   { 'seen', … }   as seen.lua says; the floor is the last element's sequence
+--   { 'seen', … }   as seen.lua says, the floor left out
 --   { 'empty' }     it has no elements; nothing was changed
 --
 -- The first write is an HSET, which Redis refuses when it is out of memory.
@@ -47,4 +47,4 @@ live_on(session)
 save(session)
 expire_requests(session)
 ring()
-return seen(session, turn, session.last)
+return seen(session, turn, 0)

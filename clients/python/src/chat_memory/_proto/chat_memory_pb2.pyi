@@ -12,7 +12,8 @@ fault, a `RetryInfo` where a retry helps. The reasons:
   NOT_FOUND            TURN_NOT_FOUND, SESSION_NOT_FOUND
   ALREADY_EXISTS       SESSION_EXISTS
   ABORTED              SEQUENCE_MISMATCH, TURN_IN_PROGRESS, TURN_STOPPED, SESSION_CLEARED
-  FAILED_PRECONDITION  WRONG_KEY_TYPE, CORRUPT_STORE, MODEL_REJECTED, MODEL_UNAUTHORIZED
+  FAILED_PRECONDITION  WRONG_KEY_TYPE, CORRUPT_STORE, MODEL_REJECTED, MODEL_UNAUTHORIZED,
+                       WINDOW_TOO_SMALL
   RESOURCE_EXHAUSTED   REQUEST_TOO_LARGE, ANSWER_TOO_LARGE, HISTORY_TOO_LARGE,
                        TOO_MANY_REQUESTS, TOO_MANY_TURNS, TOO_MANY_WAITING,
                        MODEL_RATE_LIMITED, STORE_FULL, TOO_MANY_WATCHERS,
@@ -714,6 +715,7 @@ class GetMessagesRequest(_message.Message):
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     BEFORE_SEQUENCE_FIELD_NUMBER: _builtins.int
     INCLUDE_RAW_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Required. As in `AppendRequest`."""
     page_size: _builtins.int
@@ -728,20 +730,44 @@ class GetMessagesRequest(_message.Message):
     """Optional. Oldest first by default."""
     last_messages: _builtins.int
     """Optional. Only the newest that many messages, of those that the other fields choose: 1 or
-    more. The window is fixed by the first page.
+    more. Alone, it gives exactly these, as they are, on one page or several; what is appended
+    while these are read is not among them. In a window it is a further bound, 1 to 10,000: the
+    window begins among the newest that many messages, but the newest exchange is whole in any case.
     """
     last_turns: _builtins.int
-    """Not implemented yet: UNIMPLEMENTED. Only the newest that many turns."""
+    """Optional. Asks for a window, of at most that many exchanges: 1 to 1,000.
+
+    With this or `max_tokens`, the answer is a window: what a model accepts. It is one page: there
+    is no `next_page_token`, and `page_size`, `page_token`, `after_sequence` and the order
+    newest first are refused. An exchange is a question, which is one user message or several in a
+    row, and all that follows up to the next. A window
+      - holds the session's first system messages (of its first 16 messages), and then begins with
+        a user message. Within a question of several messages, too, but for the newest one;
+      - always holds the newest exchange, whole;
+      - holds an assistant message with tool calls only with all its results directly after it.
+        Other such messages and results are left out, and so are messages that cannot be read, that
+        say nothing or whose role no model knows;
+      - is the largest for all bounds. It is also at most 3 MiB, and of the newest 10,000 messages
+        and 16 MiB of stored bytes. If the newest exchange alone is not: RESOURCE_EXHAUSTED,
+        HISTORY_TOO_LARGE.
+    A session in which no user speaks has a window of its first system messages only.
+    """
     max_tokens: _builtins.int
-    """Not implemented yet: UNIMPLEMENTED. Only the newest messages of together at most that many
-    tokens.
+    """Optional. Asks for a window (see `last_turns`), of at most that many tokens: 1 to 2,000,000.
+    If the newest exchange and the first system messages alone take more: FAILED_PRECONDITION,
+    WINDOW_TOO_SMALL, with the numbers `needed` and `max_tokens` in the details. How tokens are
+    counted, `GetMessagesResponse.token_count` says.
     """
     after_sequence: _builtins.int
-    """Optional. Only messages with a greater sequence. 0 or more."""
+    """Optional. Only messages with a greater sequence. 0 or more. Not for windows."""
     before_sequence: _builtins.int
     """Optional. Only messages with a smaller sequence. 1 or more."""
     include_raw: _builtins.bool
     """Optional. Also return each message's stored bytes."""
+    model: _builtins.str
+    """Optional. The model whose tokens count, by the provider's name for it: at most 256 bytes of
+    UTF-8 without control characters. The server's default model when empty. For windows only.
+    """
     def __init__(
         self,
         *,
@@ -755,10 +781,11 @@ class GetMessagesRequest(_message.Message):
         after_sequence: _builtins.int | None = ...,
         before_sequence: _builtins.int | None = ...,
         include_raw: _builtins.bool = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "_before_sequence", b"_before_sequence", "_last_messages", b"_last_messages", "_last_turns", b"_last_turns", "_max_tokens", b"_max_tokens", "after_sequence", b"after_sequence", "before_sequence", b"before_sequence", "last_messages", b"last_messages", "last_turns", b"last_turns", "max_tokens", b"max_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "_before_sequence", b"_before_sequence", "_last_messages", b"_last_messages", "_last_turns", b"_last_turns", "_max_tokens", b"_max_tokens", "after_sequence", b"after_sequence", "before_sequence", b"before_sequence", "include_raw", b"include_raw", "last_messages", b"last_messages", "last_turns", b"last_turns", "max_tokens", b"max_tokens", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "_before_sequence", b"_before_sequence", "_last_messages", b"_last_messages", "_last_turns", b"_last_turns", "_max_tokens", b"_max_tokens", "after_sequence", b"after_sequence", "before_sequence", b"before_sequence", "include_raw", b"include_raw", "last_messages", b"last_messages", "last_turns", b"last_turns", "max_tokens", b"max_tokens", "model", b"model", "order", b"order", "page_size", b"page_size", "page_token", b"page_token", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
     _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
@@ -791,8 +818,25 @@ class GetMessagesResponse(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Asks for the next page. Empty if there was none when this page was read."""
+    token_count: _builtins.int
+    """Set for windows (see `GetMessagesRequest.last_turns`): how many tokens a prompt of these
+    messages takes. 0 if there are none.
+
+    Counted are the tokens of each message's role, name, texts, and the names and arguments of its
+    tool calls, as `tokenizer` has them, and what OpenAI documents for its chat format: 3 for each
+    message, 1 for each name, 3 for the prompt. Each tool call counts 3 more, each image and each
+    piece of inline data 765, an image with the detail "low" 85. Reasoning, metadata and pieces of
+    other kinds are not sent to models and not counted; nor are the tools of a turn. It is a good
+    estimate for OpenAI's models, and a fair one for others.
+    """
+    tokenizer: _builtins.str
+    """Set for windows: the tokenizer that counted, by tiktoken's name. "cl100k_base" for GPT-3.5 and
+    GPT-4, "o200k_base" for all others.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The messages."""
@@ -802,10 +846,12 @@ class GetMessagesResponse(_message.Message):
         *,
         messages: _abc.Iterable[Global___Message] | None = ...,
         next_page_token: _builtins.str = ...,
+        token_count: _builtins.int = ...,
+        tokenizer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "next_page_token", b"next_page_token", "token_count", b"token_count", "tokenizer", b"tokenizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -872,6 +918,8 @@ class ChatRequest(_message.Message):
     LAST_MESSAGES_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    LAST_TURNS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Required. As in `AppendRequest`."""
     turn_id: _builtins.str
@@ -897,8 +945,21 @@ class ChatRequest(_message.Message):
     """Optional. Continue by default. That of the call that began the turn counts."""
     last_messages: _builtins.int
     """Optional. The most messages of history to give to the model: 1 to 1,000. The server's default
-    (`--history-messages`) when not set. A history never begins with a tool result whose call is
-    outside it; messages that cannot be read are left out.
+    (`--history-messages`) when neither this nor `last_turns` nor `max_tokens` is set.
+
+    The history is always a window, as `GetMessagesRequest.last_turns` says it: the largest for all
+    bounds. The newest exchange is the new messages, so the history may be empty. If these are
+    results of tools, the exchange that they belong to comes whole, whatever `last_messages` and
+    `last_turns` say. The session's first system messages come besides. A history is at most 16 MiB
+    of stored bytes (RESOURCE_EXHAUSTED, HISTORY_TOO_LARGE).
+    """
+    last_turns: _builtins.int
+    """Optional. The most exchanges of history to give to the model: 1 to 1,000."""
+    max_tokens: _builtins.int
+    """Optional. The most tokens to give to the model: 1 to 2,000,000. `system_prompt` and the new
+    messages count, `tools` do not. If these, the session's first system messages and the exchange
+    that results of tools belong to alone take more, nothing is asked: FAILED_PRECONDITION,
+    WINDOW_TOO_SMALL, with the numbers `needed` and `max_tokens` in the details.
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
@@ -906,7 +967,7 @@ class ChatRequest(_message.Message):
         messages under the rules of `AppendRequest`, but together at most 2 MiB, and none of them
         ROLE_ASSISTANT. A tool result must name a call of the session's last answer that has no result
         yet (INVALID_ARGUMENT). Without messages, the call follows the turn `turn_id`, or is refused
-        with NOT_FOUND, TURN_NOT_FOUND; fields 4, 5 and 9 to 11 are ignored then.
+        with NOT_FOUND, TURN_NOT_FOUND; fields 4, 5 and 9 to 13 are ignored then.
         """
 
     @_builtins.property
@@ -931,14 +992,25 @@ class ChatRequest(_message.Message):
         last_messages: _builtins.int | None = ...,
         tools: _abc.Iterable[Global___Tool] | None = ...,
         options: Global___ModelOptions | None = ...,
+        last_turns: _builtins.int | None = ...,
+        max_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_messages", b"_last_messages", "last_messages", b"last_messages", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_messages", b"_last_messages", "_last_turns", b"_last_turns", "_max_tokens", b"_max_tokens", "last_messages", b"last_messages", "last_turns", b"last_turns", "max_tokens", b"max_tokens", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_messages", b"_last_messages", "last_messages", b"last_messages", "messages", b"messages", "model", b"model", "on_conflict", b"on_conflict", "on_disconnect", b"on_disconnect", "options", b"options", "resume_after", b"resume_after", "session_id", b"session_id", "system_prompt", b"system_prompt", "tools", b"tools", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_messages", b"_last_messages", "_last_turns", b"_last_turns", "_max_tokens", b"_max_tokens", "last_messages", b"last_messages", "last_turns", b"last_turns", "max_tokens", b"max_tokens", "messages", b"messages", "model", b"model", "on_conflict", b"on_conflict", "on_disconnect", b"on_disconnect", "options", b"options", "resume_after", b"resume_after", "session_id", b"session_id", "system_prompt", b"system_prompt", "tools", b"tools", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__last_messages: _TypeAlias = _typing.Literal["last_messages"]  # noqa: Y015
     _WhichOneofArgType__last_messages: _TypeAlias = _typing.Literal["_last_messages", b"_last_messages"]  # noqa: Y015
+    _WhichOneofReturnType__last_turns: _TypeAlias = _typing.Literal["last_turns"]  # noqa: Y015
+    _WhichOneofArgType__last_turns: _TypeAlias = _typing.Literal["_last_turns", b"_last_turns"]  # noqa: Y015
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__last_messages) -> _WhichOneofReturnType__last_messages | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_turns) -> _WhichOneofReturnType__last_turns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
 
 Global___ChatRequest: _TypeAlias = ChatRequest  # noqa: Y015
 
@@ -996,6 +1068,8 @@ class Started(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     HISTORY_MESSAGES_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    HISTORY_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
     turn_id: _builtins.str
     """The turn's id: the client's, or the server's where it gave none."""
     model: _builtins.str
@@ -1004,6 +1078,15 @@ class Started(_message.Message):
     """How many messages of history the model was given, the new ones not counted."""
     attempt: _builtins.int
     """Which attempt at the turn this is: 1 for the first."""
+    history_tokens: _builtins.int
+    """Set if the request has `last_turns` or `max_tokens`: how many tokens the messages of history
+    take (see `GetMessagesResponse.token_count`), without the 3 for the prompt, the new messages and
+    `system_prompt`.
+    """
+    tokenizer: _builtins.str
+    """Set with `history_tokens`: the tokenizer of `model` that counted. See
+    `GetMessagesResponse.tokenizer`.
+    """
     def __init__(
         self,
         *,
@@ -1011,10 +1094,12 @@ class Started(_message.Message):
         model: _builtins.str = ...,
         history_messages: _builtins.int = ...,
         attempt: _builtins.int = ...,
+        history_tokens: _builtins.int = ...,
+        tokenizer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "history_messages", b"history_messages", "model", b"model", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "history_messages", b"history_messages", "history_tokens", b"history_tokens", "model", b"model", "tokenizer", b"tokenizer", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -114,7 +114,8 @@ class ChatMemoryServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetMessages(self, request, context):
-        """Returns a page of a session's messages, oldest first unless asked otherwise.
+        """Returns a page of a session's messages, oldest first unless asked otherwise; or, with
+        `last_turns` or `max_tokens`, a window: the end of the session as a model accepts it.
 
         Paging is stable: what is appended between two pages makes no message appear twice and none
         go missing.

@@ -12,7 +12,8 @@ fault, a `RetryInfo` where a retry helps. The reasons:
   NOT_FOUND            TURN_NOT_FOUND, SESSION_NOT_FOUND
   ALREADY_EXISTS       SESSION_EXISTS
   ABORTED              SEQUENCE_MISMATCH, TURN_IN_PROGRESS, TURN_STOPPED, SESSION_CLEARED
-  FAILED_PRECONDITION  WRONG_KEY_TYPE, CORRUPT_STORE, MODEL_REJECTED, MODEL_UNAUTHORIZED
+  FAILED_PRECONDITION  WRONG_KEY_TYPE, CORRUPT_STORE, MODEL_REJECTED, MODEL_UNAUTHORIZED,
+                       WINDOW_TOO_SMALL
   RESOURCE_EXHAUSTED   REQUEST_TOO_LARGE, ANSWER_TOO_LARGE, HISTORY_TOO_LARGE,
                        TOO_MANY_REQUESTS, TOO_MANY_TURNS, TOO_MANY_WAITING,
                        MODEL_RATE_LIMITED, STORE_FULL, TOO_MANY_WATCHERS,
@@ -67,7 +68,8 @@ class ChatMemoryStub:
     with the same `request_id` to learn it. Any other error means that nothing was stored.
     """
     GetMessages: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.GetMessagesRequest, _chat_memory_pb2.GetMessagesResponse]
-    """Returns a page of a session's messages, oldest first unless asked otherwise.
+    """Returns a page of a session's messages, oldest first unless asked otherwise; or, with
+    `last_turns` or `max_tokens`, a window: the end of the session as a model accepts it.
 
     Paging is stable: what is appended between two pages makes no message appear twice and none
     go missing.
@@ -169,7 +171,8 @@ class ChatMemoryAsyncStub(ChatMemoryStub):
     with the same `request_id` to learn it. Any other error means that nothing was stored.
     """
     GetMessages: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.GetMessagesRequest, _chat_memory_pb2.GetMessagesResponse]  # type: ignore[assignment]
-    """Returns a page of a session's messages, oldest first unless asked otherwise.
+    """Returns a page of a session's messages, oldest first unless asked otherwise; or, with
+    `last_turns` or `max_tokens`, a window: the end of the session as a model accepts it.
 
     Paging is stable: what is appended between two pages makes no message appear twice and none
     go missing.
@@ -280,7 +283,8 @@ class ChatMemoryServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_memory_pb2.GetMessagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_memory_pb2.GetMessagesResponse, _abc.Awaitable[_chat_memory_pb2.GetMessagesResponse]]:
-        """Returns a page of a session's messages, oldest first unless asked otherwise.
+        """Returns a page of a session's messages, oldest first unless asked otherwise; or, with
+        `last_turns` or `max_tokens`, a window: the end of the session as a model accepts it.
 
         Paging is stable: what is appended between two pages makes no message appear twice and none
         go missing.
