@@ -459,13 +459,13 @@ async fn the_lists_expiry_is_kept_and_the_companions_follow_it() {
     assert_close(pttl(&redis, requests).await, 7_000_000);
     assert_close(pttl(&redis, FACTS).await, 7_000_000);
 
-    // With a base to remember, the facts live longer than the list.
+    // Those of a session that was cleared tell a turn so.
     store.clear(&session()).await.unwrap();
     let _: i64 = redis.command(&["LPUSH", LIST, "d"]).await;
     let _: i64 = redis.command(&["EXPIRE", LIST, "1000"]).await;
     append(&store, &["e"]).await;
     assert_close(pttl(&redis, LIST).await, 1_000_000);
-    assert_close(pttl(&redis, FACTS).await, TOMBSTONE_MS);
+    assert_close(pttl(&redis, FACTS).await, 1_000_000 + LINGER_MS);
 
     let _: i64 = redis.command(&["PERSIST", LIST]).await;
     append(&store, &["f"]).await;
@@ -1807,6 +1807,12 @@ async fn trimming_knows_users_by_any_spelling_and_looks_at_a_bounded_number_of_e
     append(&store, &[&human("next")]).await;
     assert_eq!(read(&store).await.elements.len(), 1);
 
+    // What is trimmed leaves nothing that outlives the list.
+    let _: i64 = redis.command(&["EXPIRE", LIST, "1000"]).await;
+    append(&store, &["answer"]).await;
+    assert_close(pttl(&redis, FACTS).await, 1_000_000);
+    let _: i64 = redis.command(&["PERSIST", LIST]).await;
+
     // A long exchange of others in between.
     let mut client = redis.client().await.unwrap();
     let mut push = redis::cmd("LPUSH");
@@ -1814,7 +1820,7 @@ async fn trimming_knows_users_by_any_spelling_and_looks_at_a_bounded_number_of_e
     push.arg(vec!["of a long one"; 5_000]).arg(human("last"));
     let _: i64 = push.query_async(&mut client).await.unwrap();
     let mut monitor = Monitor::start(&redis).await;
-    append(&store, &["answer"]).await;
+    append(&store, &["another"]).await;
     let (_, of_scripts) = monitor.commands(&redis).await;
     let of_negatives = of_scripts
         .iter()

@@ -113,7 +113,7 @@ pub enum InvalidSettings {
 /// connection and up to the timeout for an answer. An append without an answer is repeated once,
 /// under its request key, so it is stored once; [`Appended::repeated`] is then true if the first
 /// attempt had arrived. [`begin_turn`](super::TurnStore::begin_turn) and others that also note which
-/// turns run take up to three times as long.
+/// turns run take up to three times as long, a list of sessions or a fork that for each page.
 ///
 /// If Redis refuses writes (a full disk, a replica), reads still work as long as it answers them.
 pub struct Redis {

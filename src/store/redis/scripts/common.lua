@@ -301,13 +301,13 @@ local function save(session)
     redis.call('PERSIST', SESSION)
   else
     -- The facts live as long as the list. Those of a session that was cleared live longer: for a
-    -- turn that runs, which must find that it was cleared; and where they hold a base, for those
-    -- who remember sequences.
+    -- turn that runs, which must find that it was cleared; and where they hold a base and there is no
+    -- list, for those who remember sequences. A session that expires starts at 1 again.
     local left = (session.expires_at or session.now) - session.now
     if session.epoch > 0 then
       left = left + LINGER_MS
     end
-    if session.base > 0 then
+    if session.base > 0 and session.length == 0 then
       left = math.max(left, TOMBSTONE_MS)
     end
     expire_in(SESSION, left)
