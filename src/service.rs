@@ -32,7 +32,7 @@ use crate::{
     model::Prompt,
     pb,
     sessions::Sessions,
-    store::{self, Append, RequestKey, Store, turns::Stop},
+    store::{self, Append, RequestKey, Store, sessions::Rewind, turns::Stop},
     tokens::Tokenizer,
     turn::{Ask, Call, Event, Follower, OnConflict, Turns},
     watch::Watch,
@@ -322,7 +322,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
 
         let rewound = self
             .sessions
-            .rewind(&call.session, call.after, call.key, call.stops_turn);
+            .rewind(&call.session, call.rewind, call.stops_turn);
         let deleted_count = within(deadline, true, rewound).await??;
 
         Ok(Response::new(pb::RewindResponse { deleted_count }))
@@ -444,8 +444,7 @@ fn events(
 /// A checked `RewindRequest`.
 struct RewindCall {
     session: SessionId,
-    after: i64,
-    key: RequestKey,
+    rewind: Rewind,
     stops_turn: bool,
 }
 
@@ -453,12 +452,13 @@ impl RewindCall {
     fn parse(mut request: pb::RewindRequest) -> Result<Self, Error> {
         let request_id = std::mem::take(&mut request.request_id);
         let body = request.encode_to_vec();
-        let (session, after, stops_turn) = sessions::parse_rewind(request)?;
         let request_id = id_or_new("request_id", request_id)?;
+        let key = RequestKey::new("rewind", &request_id, &body);
+        let stops_turn = request.stop_turn;
+        let (session, rewind) = sessions::parse_rewind(request, key, now_ms())?;
         Ok(Self {
             session,
-            after,
-            key: RequestKey::new("rewind", &request_id, &body),
+            rewind,
             stops_turn,
         })
     }

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use crate::{
     error::Error,
     langchain,
-    message::{Draft, SessionId, UnixMillis, now_ms},
+    message::{Draft, SessionId, UnixMillis},
     store::{
-        Body, Order, Read, RequestKey, Sequence, Store,
+        Body, Order, Read, Store,
         sessions::{
             Fork, Forked, ListRecent, Look, REWINDS_MAX, RecentPage, Rewind, Rewound, Seen, Update,
         },
@@ -132,15 +132,9 @@ impl Sessions {
     pub async fn rewind(
         &self,
         session: &SessionId,
-        after: Sequence,
-        request: RequestKey,
+        rewind: Rewind,
         stops_turn: bool,
     ) -> Result<i64, Error> {
-        let rewind = Rewind {
-            after,
-            request,
-            time_ms: now_ms(),
-        };
         for stops in 0.. {
             let rewound = self.store.rewind(session, rewind).await;
             match rewound.map_err(|error| Error::of_write(error, "request_id"))? {

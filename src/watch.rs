@@ -68,7 +68,26 @@ struct Sight {
     epoch: Epoch,
     count: i64,
     turn: Option<Report>,
+    /// The session's last sequence, and what it was at the look before.
+    last: Sequence,
+    last_before: Sequence,
+    /// Whether messages were found rewound.
+    is_rewound: bool,
     expires_ms: Option<i64>,
+}
+
+impl Sight {
+    /// Whether this state of a turn is one that came after what was seen before. Where the records of
+    /// the newest turns go with their messages, an older one is the last again.
+    fn is_news(&self, turn: &Report) -> bool {
+        let is_known = |known: &Report| (&known.id, known.attempt) == (&turn.id, turn.attempt);
+        match turn.state {
+            State::Running => true,
+            _ if self.turn.as_ref().is_some_and(is_known) => true,
+            State::Completed { first_sequence } => first_sequence > self.last_before,
+            State::Failed { .. } => !self.is_rewound,
+        }
+    }
 }
 
 /// What a look came to.
@@ -181,6 +200,7 @@ impl Watch {
             None => seen.count > 0,
             Some(before) => before.count > 0,
         };
+        let mut is_rewound = false;
         // A session whose last sequence has fallen is another one: the old one has expired.
         let is_new_life = seen.last_sequence < self.at && !is_first;
         if before.is_some_and(|epoch| epoch != seen.epoch) || is_new_life {
@@ -198,17 +218,24 @@ impl Watch {
         } else if had_messages && seen.floor < self.at {
             let last_sequence = seen.floor;
             self.ahead.push_back(Notice::Rewound { last_sequence });
+            is_rewound = true;
             // What was rewound has no sequence that will come again.
             self.at = match seen.count {
                 0 => seen.last_sequence,
                 _ => last_sequence,
             };
         }
-        let turn = self.seen.take().and_then(|before| before.turn);
+        let (turn, last_before) = match self.seen.take() {
+            Some(before) if !is_new_life => (before.turn, before.last),
+            _ => (None, 0),
+        };
         self.seen = Some(Sight {
             epoch: seen.epoch,
             count: seen.count,
             turn,
+            last: seen.last_sequence,
+            last_before,
+            is_rewound,
             expires_ms: seen.expires_ms,
         });
         // That a turn runs is told before what it stores.
@@ -228,6 +255,7 @@ impl Watch {
         };
         if turn != sight.turn
             && let Some(turn) = &turn
+            && sight.is_news(turn)
         {
             self.ahead.push_back(Notice::Turn(turn.clone()));
         }

@@ -1337,6 +1337,7 @@ fn rewinding(id: &str, after: i64) -> Rewind {
     Rewind {
         after,
         request: RequestKey::new("rewind", id, &after.to_be_bytes()),
+        expected_last_sequence: None,
         time_ms: 1,
     }
 }

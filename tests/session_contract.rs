@@ -90,6 +90,7 @@ fn after(after: Sequence) -> Rewind {
     Rewind {
         after,
         request: fresh_request(),
+        expected_last_sequence: None,
         time_ms: 1_763_910_000_000,
     }
 }
@@ -730,6 +731,30 @@ async fn all_of_a_session_can_be_rewound(store: Shared, s: SessionId) {
     assert_eq!(sequences(&read_all(&*store, &s).await), [4]);
     assert_eq!(look(&store, &s).await.count, 1);
     assert_eq!(listed(&store, by(10)).await, [s]);
+}
+
+async fn a_rewind_can_be_bound_to_the_last_sequence(store: Shared, s: SessionId) {
+    fill(&*store, &s, 4).await;
+    let expecting = |expected, to| Rewind {
+        expected_last_sequence: Some(expected),
+        ..after(to)
+    };
+    let mismatch = |expected| {
+        let actual = 4;
+        Err(Error::SequenceMismatch { expected, actual })
+    };
+    assert_eq!(store.rewind(&s, expecting(3, 2)).await, mismatch(3));
+    assert_eq!(look(&store, &s).await.count, 4);
+    let asked = expecting(4, 2);
+    let done = Ok(Rewound::Done { count: 2 });
+    assert_eq!(store.rewind(&s, asked).await, done);
+    // The last sequence that was given out stays the last, and a repeated call is recognised first.
+    assert_eq!(
+        store.rewind(&s, expecting(4, 1)).await,
+        Ok(Rewound::Done { count: 1 })
+    );
+    fill(&*store, &s, 1).await;
+    assert_eq!(store.rewind(&s, asked).await, done);
 }
 
 async fn a_repeated_rewind_of_an_empty_session_deletes_nothing(store: Shared, s: SessionId) {
@@ -1378,6 +1403,7 @@ macro_rules! contract {
                 PLAIN => a_rewind_deletes_what_is_after_it_once,
                 PLAIN => pages_of_a_rewound_session_go_over_the_gap,
                 PLAIN => all_of_a_session_can_be_rewound,
+                PLAIN => a_rewind_can_be_bound_to_the_last_sequence,
                 PLAIN => a_repeated_rewind_of_an_empty_session_deletes_nothing,
                 PLAIN => a_session_is_not_rewound_while_a_turn_runs,
                 PLAIN => the_turns_that_stored_what_was_rewound_are_forgotten,

@@ -540,6 +540,30 @@ async fn a_watcher_is_told_of_rewinds_and_clears() {
 }
 
 #[tokio::test]
+async fn a_turn_that_ended_before_is_no_news_to_a_watcher_after_a_rewind() {
+    for world in worlds().await {
+        let mut client = world.server.client().await;
+        for turn_id in ["t1", "t2"] {
+            world.provider.answer(Script::text(["yes"]));
+            let request = pb::ChatRequest {
+                turn_id: turn_id.to_owned(),
+                ..chat("s", "hi")
+            };
+            tell(&mut client, request).await;
+        }
+        let mut stream = watch(&mut client, "s", 4).await;
+        assert_eq!(told(&mut stream).await, "live 4");
+        client.rewind(rewind("s", 2)).await.unwrap();
+        assert_eq!(told(&mut stream).await, "rewound 2");
+        client
+            .append(append("s", vec![user("next")]))
+            .await
+            .unwrap();
+        assert_eq!(told(&mut stream).await, "5 next");
+    }
+}
+
+#[tokio::test]
 async fn every_message_comes_once_and_in_order_while_many_write() {
     const WRITERS: usize = 4;
     const EACH: usize = 60;

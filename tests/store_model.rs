@@ -396,6 +396,7 @@ async fn step(
             let rewind = Rewind {
                 after: (model.last_sequence + after).max(0),
                 request: request.map_or_else(fresh_request, key),
+                expected_last_sequence: None,
                 time_ms,
             };
             let answer = store.rewind(session, rewind).await;

@@ -97,8 +97,11 @@ pub async fn rewind_on(
 ) -> Result<ExitCode, Error> {
     let mut client = client::connect_api(&args.target.target).await?;
     let session_id = args.session.session.as_str();
+    // What somebody agreed to is what was there then.
+    let mut expected_last_sequence = None;
     if !args.yes {
-        let count = count_after(&mut client, args).await?;
+        let (count, last_sequence) = count_after(&mut client, args).await?;
+        expected_last_sequence = Some(last_sequence);
         if count == 0 && !args.stop_turn {
             writeln!(out, "there is no message after number {}", args.after)?;
             return Ok(ExitCode::SUCCESS);
@@ -122,17 +125,18 @@ pub async fn rewind_on(
         after_sequence: Some(args.after),
         request_id: Ulid::generate().to_string(),
         stop_turn: args.stop_turn,
+        expected_last_sequence,
     });
     let deleted = client.rewind(request).await?.into_inner().deleted_count;
     writeln!(out, "{} deleted", messages(deleted))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// How many messages a rewind would delete.
+/// How many messages a rewind would delete, and the session's last sequence.
 async fn count_after(
     client: &mut ChatMemoryClient<Channel>,
     args: &RewindArgs,
-) -> Result<i64, Error> {
+) -> Result<(i64, i64), Error> {
     let request = client::request(GetSessionRequest {
         session_id: args.session.session.as_str().to_owned(),
     });
@@ -140,11 +144,11 @@ async fn count_after(
     let session = session.ok_or(Error::Contract("an answer holds no session"))?;
     let (first, last) = (session.first_sequence, session.last_sequence);
     if session.message_count == 0 || last <= args.after {
-        return Ok(0);
+        return Ok((0, last));
     }
     let before = args.after.max(first - 1);
     if last - first + 1 == session.message_count {
-        return Ok(last - before);
+        return Ok((last - before, last));
     }
     // Earlier rewinds have left gaps between the numbers: only counting tells.
     let mut pages = Pages::new(
@@ -158,7 +162,7 @@ async fn count_after(
     while let Some(page) = pages.next().await? {
         count += page.len() as i64;
     }
-    Ok(count)
+    Ok((count, last))
 }
 
 /// Copies a session into a new one.

@@ -179,6 +179,8 @@ pub struct Rewind {
     /// Elements with a greater sequence go.
     pub after: Sequence,
     pub request: RequestKey,
+    /// Rewind only if this is the session's last sequence.
+    pub expected_last_sequence: Option<Sequence>,
     /// The caller's time, remembered with the request.
     pub time_ms: UnixMillis,
 }

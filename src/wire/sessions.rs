@@ -8,12 +8,12 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Checked, at_least_one, render_element, render_message, render_time};
 use crate::{
-    message::{Draft, Message, SESSION_ID_BYTES_MAX, SessionId, Violation, check_name},
+    message::{Draft, Message, SESSION_ID_BYTES_MAX, SessionId, UnixMillis, Violation, check_name},
     pb,
     sessions::{Portrait, Scene},
     store::{
-        Cursor, Sequence,
-        sessions::{About, Fork, ListRecent, RecentPage, Seen, Update},
+        Cursor, RequestKey, Sequence,
+        sessions::{About, Fork, ListRecent, RecentPage, Rewind, Seen, Update},
     },
     turn::{Report, State},
     watch::Notice,
@@ -171,15 +171,31 @@ impl ListScope {
     }
 }
 
-/// Takes a `RewindRequest`, its `request_id` aside: the session, the sequence, whether to stop a
-/// turn.
-pub fn parse_rewind(request: pb::RewindRequest) -> Checked<(SessionId, Sequence, bool)> {
+/// Takes a `RewindRequest`, its `request_id` aside, of which the key is made.
+pub fn parse_rewind(
+    request: pb::RewindRequest,
+    key: RequestKey,
+    time_ms: UnixMillis,
+) -> Checked<(SessionId, Rewind)> {
     let session = SessionId::parse(request.session_id)?;
-    match request.after_sequence {
-        None => Err(Violation::new("after_sequence", "is required")),
-        Some(after) if after < 0 => Err(Violation::new("after_sequence", "must be 0 or more")),
-        Some(after) => Ok((session, after, request.stop_turn)),
+    let after = request.after_sequence;
+    let after = after.ok_or_else(|| Violation::new("after_sequence", "is required"))?;
+    let expected = request.expected_last_sequence;
+    for (field, sequence) in [
+        ("after_sequence", Some(after)),
+        ("expected_last_sequence", expected),
+    ] {
+        if sequence.is_some_and(|sequence| sequence < 0) {
+            return Err(Violation::new(field, "must be 0 or more"));
+        }
     }
+    let rewind = Rewind {
+        after,
+        request: key,
+        expected_last_sequence: expected,
+        time_ms,
+    };
+    Ok((session, rewind))
 }
 
 /// Takes a `ForkRequest`.

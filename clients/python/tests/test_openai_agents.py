@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from langchain_community.chat_message_histories import RedisChatMessageHistory
 from loopback_openai import Provider, loopback_openai
 from openai import AsyncOpenAI
 
-from chat_memory import ROLE_OTHER, Client, Message, assistant, user
+from chat_memory import ROLE_OTHER, Aborted, Client, Message, assistant, user
 from chat_memory.openai_agents import ChatMemorySession
 
 set_tracing_disabled(True)
@@ -294,6 +295,28 @@ async def test_no_item_is_popped_twice(target: str, session_id: str) -> None:
     assert contents == list(range(12))
     assert await sessions[0].get_items() == []
     for session in sessions:
+        await session.close()
+
+
+async def test_nothing_that_is_added_during_pops_is_lost(target: str, session_id: str) -> None:
+    adder, *poppers = [ChatMemorySession(session_id, target) for _ in range(3)]
+    added, popped = 100, []
+
+    async def add() -> None:
+        for number in range(added):
+            await adder.add_items([{"role": "user", "content": str(number)}])
+
+    async def pop(session: ChatMemorySession) -> None:
+        for _ in range(30):
+            with contextlib.suppress(Aborted):
+                item = await session.pop_item()
+                popped.extend([item] if item else [])
+
+    await asyncio.gather(add(), *(pop(session) for session in poppers))
+    left = await adder.get_items()
+    contents = sorted(int(str(item.get("content"))) for item in [*popped, *left])
+    assert contents == list(range(added))
+    for session in (adder, *poppers):
         await session.close()
 
 

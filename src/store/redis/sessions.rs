@@ -10,7 +10,7 @@ use redis::{ScriptInvocation, Value};
 use super::index::{Entry, hash_of_pair};
 use super::layout::Keys;
 use super::turns::{parse_state, parse_turn, parse_u32};
-use super::{Redis, Reply, SEQUENCE_MAX, failure_of_read, failure_of_write, unexpected};
+use super::{Redis, Reply, SEQUENCE_MAX, failure_of_read, failure_of_write, optional, unexpected};
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::store::sessions::{
     About, FORK_STEP, Fork, Forked, LOOKED_AT_MAX, ListRecent, Look, Origin, RecentPage, Rewind,
@@ -160,7 +160,8 @@ impl SessionStore for Redis {
             .arg(&id)
             .arg(&fingerprint)
             .arg(&rewind.time_ms.to_be_bytes())
-            .arg(rewind.after.clamp(0, SEQUENCE_MAX));
+            .arg(rewind.after.clamp(0, SEQUENCE_MAX))
+            .arg(optional(rewind.expected_last_sequence));
         let mut reply = self.write(&script).await?;
         match reply.word.as_str() {
             "rewound" => {
@@ -175,6 +176,10 @@ impl SessionStore for Redis {
             }),
             "too many" => Ok(Rewound::TooMany),
             "reused" => Err(Error::RequestReused),
+            "mismatch" => Err(Error::SequenceMismatch {
+                expected: rewind.expected_last_sequence.unwrap_or_default(),
+                actual: reply.number()?,
+            }),
             _ => Err(reply.refusal()),
         }
     }

@@ -13,7 +13,9 @@ use crate::store::sessions::{
     About, Fork, Forked, LOOKED_AT_MAX, ListRecent, Look, Origin, RecentPage, Rewind, Rewound,
     Seen, SessionStore, Update, Upkeep,
 };
-use crate::store::{Appended, Bell, Cursor, REQUEST_MEMORY_MS, Result, Sequence, TOMBSTONE_MS};
+use crate::store::{
+    Appended, Bell, Cursor, Error, REQUEST_MEMORY_MS, Result, Sequence, TOMBSTONE_MS,
+};
 
 /// Elements that one write looks at to trim a session, and so deletes, at most. One that has many
 /// more than it may, because the setting is new, is trimmed by its next writes.
@@ -365,6 +367,12 @@ fn rewind(db: &Connection, key: &str, rewind: &Rewind, now_ms: UnixMillis) -> Re
     if let Some(done) = tables::remembered(db, session.number, &rewind.request, now_ms)? {
         let count = done.count as i64;
         return Ok(Rewound::Done { count });
+    }
+    let actual = session.last_sequence;
+    if let Some(expected) = rewind.expected_last_sequence
+        && expected != actual
+    {
+        return Err(Error::SequenceMismatch { expected, actual });
     }
     if let Some(running) = turns::running(db, session.number, now_ms)? {
         return Ok(Rewound::Busy {

@@ -236,6 +236,7 @@ class AsyncClient:
         after_sequence: int,
         request_id: str | None = None,
         stop_turn: bool = False,
+        expected_last_sequence: int | None = None,
         *,
         timeout: float | None = None,
     ) -> int:
@@ -245,8 +246,13 @@ class AsyncClient:
         Raises `TurnInProgress` while a turn runs, unless `stop_turn` is set: that stops it and
         drops its answer. The client makes a `request_id` if you give none, so a retry deletes
         nothing that came after the first attempt.
+
+        `expected_last_sequence` makes it conditional: `SequenceMismatch` if the session's
+        `last_sequence` is another one.
         """
-        request = _requests.rewind_request(session_id, after_sequence, request_id, stop_turn)
+        request = _requests.rewind_request(
+            session_id, after_sequence, request_id, stop_turn, expected_last_sequence
+        )
         return (await self._call(self._open().Rewind, request, timeout)).deleted_count
 
     async def fork(

@@ -238,6 +238,7 @@ class Client:
         after_sequence: int,
         request_id: str | None = None,
         stop_turn: bool = False,
+        expected_last_sequence: int | None = None,
         *,
         timeout: float | None = None,
     ) -> int:
@@ -247,8 +248,13 @@ class Client:
         Raises `TurnInProgress` while a turn runs, unless `stop_turn` is set: that stops it and
         drops its answer. The client makes a `request_id` if you give none, so a retry deletes
         nothing that came after the first attempt.
+
+        `expected_last_sequence` makes it conditional: `SequenceMismatch` if the session's
+        `last_sequence` is another one.
         """
-        request = _requests.rewind_request(session_id, after_sequence, request_id, stop_turn)
+        request = _requests.rewind_request(
+            session_id, after_sequence, request_id, stop_turn, expected_last_sequence
+        )
         return self._call(self._open().Rewind, request, timeout).deleted_count
 
     def fork(

@@ -151,7 +151,11 @@ def update_request(
 
 
 def rewind_request(
-    session_id: str, after_sequence: int, request_id: str | None, stop_turn: bool
+    session_id: str,
+    after_sequence: int,
+    request_id: str | None,
+    stop_turn: bool,
+    expected_last_sequence: int | None,
 ) -> pb.RewindRequest:
     """The request, with an id in any case: a retry must not delete what came after the first."""
     return pb.RewindRequest(
@@ -159,6 +163,7 @@ def rewind_request(
         after_sequence=after_sequence,
         request_id=request_id or str(uuid.uuid4()),
         stop_turn=stop_turn,
+        expected_last_sequence=expected_last_sequence,
     )
 
 

@@ -34,7 +34,7 @@ from agents.items import TResponseInputItem
 from agents.memory.session_settings import SessionSettings, resolve_session_limit
 
 from chat_memory._aio import AsyncClient
-from chat_memory._errors import Aborted
+from chat_memory._errors import Aborted, NotFound, SequenceMismatch
 from chat_memory._proto import chat_memory_pb2 as pb
 from chat_memory._requests import MESSAGES_PER_APPEND_MAX, MESSAGES_PER_PAGE_MAX
 
@@ -111,17 +111,31 @@ class ChatMemorySession:
         """Deletes the newest item, and returns it; None if there is none.
 
         Messages after it that are no items go too. Of two that pop at once, each gets an item of
-        its own. Raises `TurnInProgress` while the server runs a turn on the session.
+        its own, and nothing that others add meanwhile goes. Raises `TurnInProgress` while the
+        server runs a turn on the session.
         """
         for _ in range(_POP_ATTEMPTS_MAX):
+            try:
+                session = await self._client.get_session(self.session_id)
+            except NotFound:
+                return None
             items = await self._newest(1)
             if not items:
                 return None
             sequence, item = items[0]
-            if await self._client.rewind(self.session_id, sequence - 1):
+            try:
+                deleted = await self._client.rewind(
+                    self.session_id,
+                    sequence - 1,
+                    expected_last_sequence=session.last_sequence,
+                )
+            except SequenceMismatch:
+                # Somebody has added an item: that is the newest now.
+                continue
+            if deleted:
                 return item
             # Nothing was left to delete: somebody else has popped it.
-        text = "others popped each item first"
+        text = "others changed the session each time"
         raise Aborted(text, code=grpc.StatusCode.ABORTED)
 
     async def clear_session(self) -> None:

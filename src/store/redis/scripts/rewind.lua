@@ -5,10 +5,12 @@
 --   2  fingerprint of what was asked, 16 bytes
 --   3  the caller's time, 8 bytes
 --   4  the sequence
+--   5  the last sequence that the session must have; '' for any
 --
 -- Returns, besides what common.lua says:
 --   { 'rewound', count }     so many went, now or by an earlier call
 --   { 'reused' }             an earlier call with this request id asked for something else
+--   { 'mismatch', last }     the last sequence is another
 --   { 'busy', turn, name }   a turn runs
 --   { 'too many' }           REWINDS_MAX is reached
 --
@@ -29,6 +31,9 @@ if record then
     return { 'reused' }
   end
   return { 'rewound', (struct.unpack('>I4', record, 33)) }
+end
+if ARGV[5] ~= '' and tonumber(ARGV[5]) ~= session.last then
+  return { 'mismatch', session.last }
 end
 local values
 values, refusal = fields('running', 'first_turn', 'last_turn')

@@ -1830,6 +1830,7 @@ class RewindRequest(_message.Message):
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     STOP_TURN_FIELD_NUMBER: _builtins.int
+    EXPECTED_LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Required. As in `AppendRequest`."""
     after_sequence: _builtins.int
@@ -1840,6 +1841,10 @@ class RewindRequest(_message.Message):
     """
     stop_turn: _builtins.bool
     """Optional. Stop a turn that runs, and drop its answer."""
+    expected_last_sequence: _builtins.int
+    """Optional. Delete only if this is the session's last sequence, as `Session.last_sequence` tells
+    it; otherwise ABORTED, SEQUENCE_MISMATCH, with the real one in the details. 0 or more.
+    """
     def __init__(
         self,
         *,
@@ -1847,14 +1852,20 @@ class RewindRequest(_message.Message):
         after_sequence: _builtins.int | None = ...,
         request_id: _builtins.str = ...,
         stop_turn: _builtins.bool = ...,
+        expected_last_sequence: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "_expected_last_sequence", b"_expected_last_sequence", "after_sequence", b"after_sequence", "expected_last_sequence", b"expected_last_sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "request_id", b"request_id", "session_id", b"session_id", "stop_turn", b"stop_turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "_expected_last_sequence", b"_expected_last_sequence", "after_sequence", b"after_sequence", "expected_last_sequence", b"expected_last_sequence", "request_id", b"request_id", "session_id", b"session_id", "stop_turn", b"stop_turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
     _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
+    _WhichOneofReturnType__expected_last_sequence: _TypeAlias = _typing.Literal["expected_last_sequence"]  # noqa: Y015
+    _WhichOneofArgType__expected_last_sequence: _TypeAlias = _typing.Literal["_expected_last_sequence", b"_expected_last_sequence"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__after_sequence) -> _WhichOneofReturnType__after_sequence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_last_sequence) -> _WhichOneofReturnType__expected_last_sequence | None: ...
 
 Global___RewindRequest: _TypeAlias = RewindRequest  # noqa: Y015
 

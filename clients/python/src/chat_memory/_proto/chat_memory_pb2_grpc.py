@@ -228,8 +228,8 @@ class ChatMemoryServicer(object):
 
     def Fork(self, request, context):
         """Copies a session, or its beginning, into a new one, which nobody sees before it is whole. The
-        messages keep their order, ids, times and contents, and get sequences from 1 on; title and
-        metadata come along, turns and the time to live do not.
+        messages keep their order, ids, times and contents, and get sequences from 1 on (where the new
+        session was cleared before, from its last one on); title and metadata come along, turns and the time to live do not.
 
         ALREADY_EXISTS, SESSION_EXISTS if the new session has messages, unless it was made by the same
         call before: safe to repeat. ABORTED, SESSION_CLEARED if the session was cleared or rewound

@@ -146,8 +146,8 @@ class ChatMemoryStub:
     """
     Fork: _grpc.UnaryUnaryMultiCallable[_chat_memory_pb2.ForkRequest, _chat_memory_pb2.ForkResponse]
     """Copies a session, or its beginning, into a new one, which nobody sees before it is whole. The
-    messages keep their order, ids, times and contents, and get sequences from 1 on; title and
-    metadata come along, turns and the time to live do not.
+    messages keep their order, ids, times and contents, and get sequences from 1 on (where the new
+    session was cleared before, from its last one on); title and metadata come along, turns and the time to live do not.
 
     ALREADY_EXISTS, SESSION_EXISTS if the new session has messages, unless it was made by the same
     call before: safe to repeat. ABORTED, SESSION_CLEARED if the session was cleared or rewound
@@ -249,8 +249,8 @@ class ChatMemoryAsyncStub(ChatMemoryStub):
     """
     Fork: _aio.UnaryUnaryMultiCallable[_chat_memory_pb2.ForkRequest, _chat_memory_pb2.ForkResponse]  # type: ignore[assignment]
     """Copies a session, or its beginning, into a new one, which nobody sees before it is whole. The
-    messages keep their order, ids, times and contents, and get sequences from 1 on; title and
-    metadata come along, turns and the time to live do not.
+    messages keep their order, ids, times and contents, and get sequences from 1 on (where the new
+    session was cleared before, from its last one on); title and metadata come along, turns and the time to live do not.
 
     ALREADY_EXISTS, SESSION_EXISTS if the new session has messages, unless it was made by the same
     call before: safe to repeat. ABORTED, SESSION_CLEARED if the session was cleared or rewound
@@ -415,8 +415,8 @@ class ChatMemoryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_chat_memory_pb2.ForkResponse, _abc.Awaitable[_chat_memory_pb2.ForkResponse]]:
         """Copies a session, or its beginning, into a new one, which nobody sees before it is whole. The
-        messages keep their order, ids, times and contents, and get sequences from 1 on; title and
-        metadata come along, turns and the time to live do not.
+        messages keep their order, ids, times and contents, and get sequences from 1 on (where the new
+        session was cleared before, from its last one on); title and metadata come along, turns and the time to live do not.
 
         ALREADY_EXISTS, SESSION_EXISTS if the new session has messages, unless it was made by the same
         call before: safe to repeat. ABORTED, SESSION_CLEARED if the session was cleared or rewound
