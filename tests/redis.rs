@@ -2303,6 +2303,27 @@ async fn a_fork_holds_the_same_bytes_and_is_made_once() {
     let nothing = SessionId::parse("nothing").unwrap();
     let empty = store.fork(&nothing, forking("newer", None)).await;
     assert_eq!(empty, Ok(Forked::Empty));
+    // Into one that has expired, but whose facts are there still.
+    let old = SessionId::parse("old").unwrap();
+    store.append(&old, appending(&["x"])).await.unwrap();
+    store.clear(&old).await.unwrap();
+    store.append(&old, appending(&["y"])).await.unwrap();
+    let _: i64 = redis
+        .command(&["PEXPIRE", "message_store:old", "1000"])
+        .await;
+    store.look(&old, Look::default()).await.unwrap();
+    eventually("it expires", async || {
+        redis.command::<i64>(&["EXISTS", "message_store:old"]).await == 0
+    })
+    .await;
+    let anew = store.fork(&session(), forking("old", Some(1))).await;
+    let Ok(Forked::Done(anew)) = anew else {
+        panic!("{anew:?}");
+    };
+    assert_eq!(
+        (anew.first_sequence, anew.about.title.as_str()),
+        (1, "title")
+    );
     // Up to a sequence that was rewound.
     let part = store.fork(&session(), forking("part", Some(1_150))).await;
     assert!(

@@ -147,7 +147,10 @@ local function reconcile()
     session.base = has_expired and 0 or session.last
     session.last = session.base
     session.mark = ''
-    session.epoch = session.epoch + 1
+    -- One that was never cleared reads the same before and after its facts go, too.
+    if not has_expired or session.epoch > 0 then
+      session.epoch = session.epoch + 1
+    end
     session.gaps = {}
     session.ttl = nil
     newest, extra = session.base, 0
@@ -218,12 +221,12 @@ local function fold_gaps(session)
   session.gaps = kept
 end
 
--- Lets a key expire in `left` ms, if it exists. Writes only what makes a difference, since every
+-- Lets a key expire in `left` ms, if it exists: at once if there is nothing left. Writes only what makes a difference, since every
 -- write goes to the replicas and the log.
 local function expire_in(key, left)
   local has = redis.call('PTTL', key)
   if has ~= -2 and (has == -1 or math.abs(has - left) > math.min(1000, left / 50)) then
-    redis.call('PEXPIRE', key, decimal(math.max(left, 1)))
+    redis.call('PEXPIRE', key, decimal(left))
   end
 end
 

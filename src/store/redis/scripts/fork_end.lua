@@ -47,7 +47,7 @@ session.ttl = nil
 session.expires_at = nil
 live_on(session)
 save(session)
-session.is_cleared = false
+session.is_cleared, session.has_expired = false, false
 for index, name in ipairs({ 'title', 'metadata', 'origin' }) do
   if ARGV[index + 1] ~= '' then
     redis.call('HSET', SESSION, name, ARGV[index + 1])
