@@ -2197,6 +2197,45 @@ async fn a_bell_rings_for_what_is_published_and_what_others_do_and_is_quiet_othe
 }
 
 #[tokio::test]
+async fn ten_thousand_idle_bells_share_a_connection_and_few_commands() {
+    const BELLS: usize = 10_000;
+    let (redis, store) = start().await;
+    let clients = async || -> usize {
+        let list: String = redis.command(&["CLIENT", "LIST"]).await;
+        // The command's own connection is the test's.
+        list.lines().count() - 1
+    };
+    let before = clients().await;
+    let bells: Vec<_> = (0..BELLS)
+        .map(|number| store.bell(&SessionId::parse(format!("idle-{number}")).unwrap()))
+        .collect();
+    eventually("all are subscribed", async || {
+        let channels: Vec<String> = redis.command(&["PUBSUB", "CHANNELS"]).await;
+        channels.len() == BELLS
+    })
+    .await;
+    assert_eq!(clients().await, before + 1);
+
+    // Three looks at each session take three hundred scripts, and next to nothing else.
+    let looks = 3 * BELLS as i64 / 100;
+    let of_server = |counts: &BTreeMap<String, i64>, name: &str| *counts.get(name).unwrap_or(&0);
+    let start = command_counts(&redis).await;
+    eventually("each is looked at three times", async || {
+        let now = command_counts(&redis).await;
+        of_server(&now, "evalsha") - of_server(&start, "evalsha") >= looks
+    })
+    .await;
+    let now = command_counts(&redis).await;
+    let scripts = of_server(&now, "evalsha") - of_server(&start, "evalsha");
+    assert!(scripts <= 2 * looks, "{scripts}");
+    for name in ["subscribe", "unsubscribe", "publish", "scan"] {
+        let calls = of_server(&now, name) - of_server(&start, name);
+        assert!(calls <= 10, "{name}: {calls}");
+    }
+    drop(bells);
+}
+
+#[tokio::test]
 async fn bells_ring_after_redis_was_away() {
     let mut redis = Redis::start_with(Options {
         durable: true,

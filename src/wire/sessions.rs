@@ -22,7 +22,7 @@ use crate::{
 /// Bytes of a title at most.
 const TITLE_BYTES_MAX: usize = 512;
 /// Pairs of metadata at most, and bytes of their keys and values. OpenAI's conversations have the
-/// same limits (https://platform.openai.com/docs/api-reference/conversations), in characters.
+/// same limits (<https://platform.openai.com/docs/api-reference/conversations>), in characters.
 const PAIRS_MAX: usize = 16;
 const KEY_BYTES_MAX: usize = 64;
 const VALUE_BYTES_MAX: usize = 512;

@@ -3,7 +3,7 @@
 //!
 //! The index is no part of the truth: it lies in a slot of its own, is written a moment after the
 //! session, and may be deleted at any time. Every server writes down which sessions it has written
-//! to; what others do is found in rounds ([`Index::round`]), which one server at a time makes. Who
+//! to; what others do is found in rounds (`Entries::round`), which one server at a time makes. Who
 //! lists sessions looks at each, so that what is wrong in the index costs a look and no more.
 //!
 //! The score of a session is the time of its last write in ms, and, below that, its length modulo
