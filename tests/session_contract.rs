@@ -280,7 +280,10 @@ async fn an_update_changes_what_it_names_only(store: Shared, s: SessionId) {
     };
     let seen = update(&store, &s, untitled).await.unwrap();
     assert_eq!((seen.about.clone(), seen.count), (about, 1));
-    assert_eq!(look(&store, &s).await, seen);
+    let mut again = look(&store, &s).await;
+    assert!(is_same(again.expires_ms, seen.expires_ms));
+    again.expires_ms = seen.expires_ms;
+    assert_eq!(again, seen);
 }
 
 async fn a_session_without_elements_cannot_be_changed(store: Shared, s: SessionId) {
@@ -327,6 +330,15 @@ async fn a_clear_leaves_nothing_that_was_said_of_a_session(store: Shared, s: Ses
 
 // Time to live.
 
+/// Whether two expiries are the same. Redis tells how much is left, so what is told of one moves by
+/// a millisecond or so.
+fn is_same(one: Option<i64>, other: Option<i64>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => one.abs_diff(other) <= 5,
+        (one, other) => one == other,
+    }
+}
+
 async fn a_time_to_live_starts_anew_with_each_write_and_not_with_a_read(
     store: Shared,
     s: SessionId,
@@ -338,15 +350,13 @@ async fn a_time_to_live_starts_anew_with_each_write_and_not_with_a_read(
     // Redis has its own clock and so has this test; they are of one machine.
     let about = before_ms + HOUR_MS - 1_000..=now_ms() + HOUR_MS + 1_000;
     assert!(about.contains(&expires_ms), "{expires_ms}");
-    assert_eq!(store.expiry(&s).await, Ok(Some(expires_ms)));
+    let told = store.expiry(&s).await.unwrap();
+    assert!(is_same(told, Some(expires_ms)), "{told:?} {expires_ms}");
 
     a_moment().await;
     read_all(&*store, &s).await;
     let seen = look(&store, &s).await;
-    assert!(
-        seen.expires_ms.unwrap().abs_diff(expires_ms) <= 2,
-        "{seen:?}"
-    );
+    assert!(is_same(seen.expires_ms, Some(expires_ms)), "{seen:?}");
     for write in 0..3 {
         a_moment().await;
         match write {
