@@ -320,7 +320,12 @@ pub fn check_results<S>(history: &[Entry<S>], new: &[Draft]) -> Result<(), Viola
             _ => break,
         }
     }
-    calls.retain(|call| !answered.contains(call));
+    // One for one: some providers give several calls of an answer the same id, or none.
+    for id in answered {
+        if let Some(found) = calls.iter().position(|call| *call == id) {
+            calls.remove(found);
+        }
+    }
     for (index, draft) in new.iter().enumerate() {
         if draft.role != Role::Tool {
             continue;
