@@ -393,6 +393,17 @@ pub struct Serve {
     #[arg(help_heading = "Limits")]
     max_requests: Given<usize>,
 
+    /// Threads that serve calls (0 to 1024): 0 for one a core. With 1, a call costs the least CPU, but
+    /// all calls together have one core
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_WORKERS",
+        value_name = "N",
+        default_value = "0"
+    )]
+    #[arg(help_heading = "Limits")]
+    workers: Given<usize>,
+
     /// Watchers of sessions at once (1 to 1000000); more are refused with RESOURCE_EXHAUSTED
     #[arg(
         long,
@@ -601,6 +612,8 @@ pub struct Config {
     pub adopt_turns: bool,
     pub turns_max: usize,
     pub requests_max: usize,
+    /// Threads that serve calls; 0 for one a core.
+    pub workers: usize,
     pub watchers_max: usize,
     pub streams_max: u32,
     pub keepalive: Duration,
@@ -639,6 +652,9 @@ impl fmt::Debug for ModelConfig {
         }
     }
 }
+
+/// Threads at most: more than machines have cores, and few enough to start.
+const WORKERS_MAX: usize = 1_024;
 
 /// Everything that is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -693,6 +709,7 @@ impl Serve {
             adopt_turns: self.adopt_turns,
             turns_max: problems.take("--max-turns", &self.max_turns, 1..=1_000_000),
             requests_max: problems.take("--max-requests", &self.max_requests, 1..=1_000_000),
+            workers: problems.take("--workers", &self.workers, 0..=WORKERS_MAX),
             watchers_max: problems.take("--max-watchers", &self.max_watchers, 1..=1_000_000),
             streams_max: problems.take("--max-streams", &self.max_streams, 1..=1_000_000),
             keepalive: seconds(problems.take(

@@ -14,7 +14,11 @@
 //! What LangChain stores and [`Draft`] has no field for goes through `Draft::langchain`, a JSON
 //! object with LangChain's own names, and comes back on writing.
 
-use std::{borrow::Cow, fmt};
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    fmt::{self, Write as _},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
@@ -51,10 +55,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
             Object::parse(&hidden).ok_or(Unreadable)?
         }
     };
-    let kind = envelope
-        .get("type")
-        .and_then(read_string)
-        .ok_or(Unreadable)?;
+    let kind = envelope.get("type").and_then(read_text).ok_or(Unreadable)?;
     let data = envelope
         .get("data")
         .and_then(read_object)
@@ -65,6 +66,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
     let is_tool = role == Role::Tool;
     let is_chat = kind_of(&role) == "chat";
     let mut extra = Extra::default();
+    let mut ours = None;
     if kind != kind_of(&role) {
         extra.add("type", &string(&kind));
     }
@@ -78,31 +80,32 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
     let draft = &mut message.draft;
     for member in data.last_of_each() {
         let (value, text) = (member.value, member.value.get());
-        match member.name.as_str() {
+        match &*member.name {
             "type" => {}
-            "role" if is_chat => extra.add_if(is_inexact(value), &member),
+            "role" if is_chat => extra.add_if(is_inexact(value), member),
             "content" => {
-                draft.content = read_content(value);
-                let is_list = draft.content == Content::Parts(Vec::new());
-                extra.add_if(is_list || is_inexact(value), &member);
+                let (content, is_exact) = read_content(value);
+                let is_list = content == Content::Parts(Vec::new());
+                draft.content = content;
+                extra.add_if(is_list || !is_exact, member);
             }
             "id" => {
                 draft.id = read_label(value);
-                extra.add_if(is_inexact(value), &member);
+                extra.add_if(is_inexact(value), member);
             }
             "name" => {
                 draft.name = read_label(value);
-                extra.add_if(is_inexact(value) || text == "\"\"", &member);
+                extra.add_if(is_inexact(value) || text == "\"\"", member);
             }
             "tool_call_id" if is_tool => {
                 draft.tool_call_id = read_label(value);
-                extra.add_if(is_inexact(value) || text == "\"\"", &member);
+                extra.add_if(is_inexact(value) || text == "\"\"", member);
             }
             "tool_calls" if is_assistant => {
                 draft.tool_calls = read_tool_calls(value);
                 let lossy = |text: &str| text.contains(char::REPLACEMENT_CHARACTER);
                 let mut calls = draft.tool_calls.iter();
-                extra.add_if(calls.any(|c| lossy(&c.name) || lossy(&c.id)), &member);
+                extra.add_if(calls.any(|c| lossy(&c.name) || lossy(&c.id)), member);
             }
             "usage_metadata" if is_assistant => {
                 draft.usage = read_usage(value);
@@ -117,19 +120,21 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
                     extra.add("usage_metadata", &format!("{{{rest}}}"));
                 }
             }
+            "additional_kwargs" if text == "{}" => {}
             "additional_kwargs" => {
                 let Some(kwargs) = read_object(value) else {
-                    extra.add_if(true, &member);
+                    extra.add_if(true, member);
                     continue;
                 };
-                let mut taken = vec![OURS];
+                ours = kwargs.get(OURS).and_then(read_object);
                 let reasoning = kwargs.get(REASONING).filter(|text| !is_inexact(text));
                 let reasoning = reasoning.and_then(read_string);
+                let mut taken = &[OURS][..];
                 if is_assistant && reasoning.as_ref().is_some_and(|text| !text.is_empty()) {
                     draft.reasoning = reasoning;
-                    taken.push(REASONING);
+                    taken = &[OURS, REASONING];
                 }
-                let rest = kwargs.without(&taken);
+                let rest = kwargs.without(taken);
                 if !rest.is_empty() {
                     extra.add("additional_kwargs", &format!("{{{rest}}}"));
                 }
@@ -140,7 +145,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
             "artifact" if is_tool && text == "null" => {}
             "status" if is_tool && text == "\"success\"" => {}
             "invalid_tool_calls" if is_assistant && is_empty(text) => {}
-            _ => extra.add_if(true, &member),
+            _ => extra.add_if(true, member),
         }
     }
     let says_nothing = draft.content == Content::Text(String::new());
@@ -154,10 +159,6 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
     }
     draft.langchain = extra.into_json();
 
-    let ours = data
-        .get("additional_kwargs")
-        .and_then(read_object)
-        .and_then(|kwargs| kwargs.get(OURS).and_then(read_object));
     if let Some(ours) = ours {
         message.create_time_ms = ours
             .get("create_time")
@@ -216,17 +217,19 @@ fn kind_of(role: &Role) -> &'static str {
     }
 }
 
-fn read_content(value: &RawValue) -> Content {
-    if let Some(text) = read_string(value) {
-        return Content::Text(text);
+/// Reads contents, and whether they are exactly what is written.
+fn read_content(value: &RawValue) -> (Content, bool) {
+    if let Some(text) = message::read_string(value.get()) {
+        return (Content::Text(text.shown.into_owned()), text.is_exact);
     }
     if value.get() == "null" {
-        return Content::Text(String::new());
+        return (Content::Text(String::new()), true);
     }
-    match serde_json::from_str::<Vec<&RawValue>>(value.get()) {
-        Ok(parts) => Content::Parts(parts.into_iter().map(read_part).collect()),
-        Err(_) => Content::Parts(vec![Part::Json(Json::from_raw(value.to_owned()))]),
-    }
+    let parts = match serde_json::from_str::<Vec<&RawValue>>(value.get()) {
+        Ok(parts) => parts.into_iter().map(read_part).collect(),
+        Err(_) => vec![Part::Json(Json::from_raw(value.to_owned()))],
+    };
+    (Content::Parts(parts), true)
 }
 
 /// Reads a piece of contents: as what we know if writing it would give the same, as JSON if not.
@@ -240,7 +243,7 @@ fn read_part(value: &RawValue) -> Part {
 
 fn known_part(block: &Object<'_>) -> Option<Part> {
     let field = |object: &Object<'_>, key| object.get(key).and_then(read_string);
-    match field(block, "type")?.as_str() {
+    match &*block.get("type").and_then(read_text)? {
         "text" => field(block, "text").map(Part::Text),
         "image_url" => {
             let image = block.get("image_url").and_then(read_object)?;
@@ -313,14 +316,16 @@ fn read_label(value: &RawValue) -> Option<String> {
 }
 
 fn read_string(value: &RawValue) -> Option<String> {
-    message::string_lossy(value.get())
+    read_text(value).map(Cow::into_owned)
+}
+
+fn read_text(value: &RawValue) -> Option<Cow<'_, str>> {
+    message::read_string(value.get()).map(|text| text.shown)
 }
 
 /// Whether this is a text that UTF-8 cannot hold.
 fn is_inexact(value: &RawValue) -> bool {
-    value.get().contains("\\u")
-        && serde_json::from_str::<String>(value.get()).is_err()
-        && read_string(value).is_some()
+    message::read_string(value.get()).is_some_and(|text| !text.is_exact)
 }
 
 fn read_object(value: &RawValue) -> Option<Object<'_>> {
@@ -331,14 +336,17 @@ fn is_empty(json: &str) -> bool {
     matches!(json, "{}" | "[]" | "null")
 }
 
+/// Members of an object that are compared each with each; in larger ones they are looked up, so that
+/// an object takes linear time.
+const SCANNED_MAX: usize = 32;
+
 /// A JSON object whose values stay as they are written, so that nothing is altered: no number, no
 /// order, no nesting.
 struct Object<'a>(Vec<Member<'a>>);
 
-#[derive(Clone)]
 struct Member<'a> {
     /// The key; where UTF-8 cannot hold it, its JSON text.
-    name: String,
+    name: Cow<'a, str>,
     key: &'a RawValue,
     value: &'a RawValue,
 }
@@ -351,6 +359,10 @@ impl Member<'_> {
 
 impl<'a> Object<'a> {
     fn parse(text: &'a str) -> Option<Self> {
+        // Without an error of serde_json's to make: most values that are tried are none.
+        if !text.trim_ascii_start().starts_with('{') {
+            return None;
+        }
         serde_json::from_str(text).ok()
     }
 
@@ -361,21 +373,28 @@ impl<'a> Object<'a> {
     }
 
     /// Each key once, with the value that counts.
-    fn last_of_each(&self) -> Vec<Member<'a>> {
-        let mut last = std::collections::HashMap::with_capacity(self.0.len());
-        for (index, member) in self.0.iter().enumerate() {
-            last.insert(member.name.as_str(), index);
+    fn last_of_each(&self) -> impl Iterator<Item = &Member<'a>> {
+        let members = &self.0;
+        let mut places = HashMap::new();
+        if members.len() > SCANNED_MAX {
+            places.extend(members.iter().enumerate().map(|(i, m)| (&*m.name, i)));
         }
-        let members = self.0.iter().enumerate();
-        let counting = members.filter(|(index, member)| last[member.name.as_str()] == *index);
-        counting.map(|(_, member)| member.clone()).collect()
+        let is_last = move |place: usize| {
+            let name = &*members[place].name;
+            match places.get(name) {
+                Some(last) => *last == place,
+                None => members[place + 1..].iter().all(|later| later.name != name),
+            }
+        };
+        let members = members.iter().enumerate();
+        members.filter_map(move |(place, member)| is_last(place).then_some(member))
     }
 
     /// The members but those keys, as JSON text without braces.
     fn without(&self, keys: &[&str]) -> String {
         let mut members = Extra::default();
         for member in self.last_of_each() {
-            members.add_if(!keys.contains(&member.name.as_str()), &member);
+            members.add_if(!keys.contains(&&*member.name), member);
         }
         members.0
     }
@@ -392,10 +411,13 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut members = Vec::new();
+                // As many as a message has.
+                let mut members = Vec::with_capacity(8);
                 while let Some((key, value)) = map.next_entry::<&RawValue, &RawValue>()? {
-                    let name = serde_json::from_str(key.get());
-                    let name = name.unwrap_or_else(|_| key.get().to_owned());
+                    let name = match message::read_string(key.get()) {
+                        Some(name) if name.is_exact => name.shown,
+                        _ => Cow::Borrowed(key.get()),
+                    };
                     members.push(Member { name, key, value });
                 }
                 Ok(members)
@@ -429,17 +451,20 @@ impl Extra {
     }
 }
 
+/// Adds a member whose key needs no escapes.
 fn push_member(members: &mut String, key: &str, json: &str) {
-    push_raw_member(members, &string(key), json);
+    push_all(members, &["\"", key, "\": ", json]);
 }
 
 fn push_raw_member(members: &mut String, key: &str, json: &str) {
+    push_all(members, &[key, ": ", json]);
+}
+
+fn push_all(members: &mut String, pieces: &[&str]) {
     if !members.is_empty() {
         members.push_str(", ");
     }
-    members.push_str(key);
-    members.push_str(": ");
-    members.push_str(json);
+    pieces.iter().for_each(|piece| members.push_str(piece));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -461,7 +486,7 @@ pub fn check_extra(path: &str, draft: &Draft) -> Result<(), Violation> {
     let is_chat = kind_of(&draft.role) == "chat";
     let has_example = is_assistant || draft.role == Role::User;
     for member in object.last_of_each() {
-        let (key, value) = (member.name.as_str(), member.value);
+        let (key, value) = (&*member.name, member.value);
         if member.has_lone_surrogate() || key.starts_with("__") {
             return broken(key, "is no key that LangChain reads");
         }
@@ -557,13 +582,13 @@ fn is_usage(value: &RawValue, has_counts: bool) -> bool {
         details.is_some_and(|details| {
             let mut members = details.0.iter();
             members.all(|member| {
-                let must_count = COUNTS.contains(&member.name.as_str());
+                let must_count = COUNTS.contains(&&*member.name);
                 !member.has_lone_surrogate() && (!must_count || is_count(member.value))
             })
         })
     };
     (has_counts || USAGE_KEYS.iter().all(is_whole))
-        && usage.0.iter().all(|member| match member.name.as_str() {
+        && usage.0.iter().all(|member| match &*member.name {
             "input_token_details" | "output_token_details" => are_details(member.value),
             _ => !member.has_lone_surrogate(),
         })
@@ -603,7 +628,7 @@ fn is_text_or_null(value: &RawValue) -> bool {
 }
 
 fn is_tool_call(call: &Object<'_>) -> bool {
-    call.0.iter().all(|member| match member.name.as_str() {
+    call.0.iter().all(|member| match &*member.name {
         "name" => read_string(member.value).is_some(),
         "args" => read_object(member.value).is_some(),
         "id" | "type" => is_text_or_null(member.value),
@@ -618,13 +643,13 @@ const CALL_CHUNK_KEYS: [&str; 4] = ["name", "args", "id", "index"];
 
 fn is_invalid_call(call: &Object<'_>) -> bool {
     call.0.iter().all(|member| {
-        let is_known = member.name == "type" || INVALID_CALL_KEYS.contains(&member.name.as_str());
+        let is_known = member.name == "type" || INVALID_CALL_KEYS.contains(&&*member.name);
         is_known && is_text_or_null(member.value)
     })
 }
 
 fn is_call_chunk(chunk: &Object<'_>) -> bool {
-    chunk.0.iter().all(|member| match member.name.as_str() {
+    chunk.0.iter().all(|member| match &*member.name {
         "index" => member.value.get() == "null" || is_count(member.value),
         "type" | "name" | "args" | "id" => is_text_or_null(member.value),
         _ => false,
@@ -732,7 +757,7 @@ pub fn encode(message: &Message) -> Bytes {
         "id",
     ];
     for member in extra.last_of_each() {
-        let key = member.name.as_str();
+        let key = &*member.name;
         if ALWAYS_WRITTEN.contains(&key) || written.contains(&key) {
             continue;
         }
@@ -868,9 +893,11 @@ fn list(items: impl Iterator<Item = String>) -> String {
 
 /// A string as Python's `json.dumps` prints it: ASCII only.
 fn string(text: &str) -> String {
+    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
     let mut json = String::with_capacity(text.len() + 2);
     json.push('"');
-    for character in text.chars() {
+    let mut rest = text;
+    while let Some(character) = rest.chars().next() {
         match character {
             '"' => json.push_str("\\\""),
             '\\' => json.push_str("\\\\"),
@@ -879,9 +906,15 @@ fn string(text: &str) -> String {
             '\t' => json.push_str("\\t"),
             '\u{8}' => json.push_str("\\b"),
             '\u{c}' => json.push_str("\\f"),
-            ' '..='~' => json.push(character),
+            ' '..='~' => {
+                let plain = rest.bytes().take_while(is_plain).count();
+                json.push_str(&rest[..plain]);
+                rest = &rest[plain..];
+                continue;
+            }
             _ => push_escaped(&mut json, character),
         }
+        rest = &rest[character.len_utf8()..];
     }
     json.push('"');
     json
@@ -889,7 +922,8 @@ fn string(text: &str) -> String {
 
 fn push_escaped(json: &mut String, character: char) {
     for unit in character.encode_utf16(&mut [0; 2]) {
-        json.push_str(&format!("\\u{unit:04x}"));
+        // Writing into a String does not fail.
+        write!(json, "\\u{unit:04x}").ok();
     }
 }
 
@@ -992,6 +1026,24 @@ mod tests {
                 .any(|part| part == OURS.as_bytes())
         );
         assert_eq!(decode(&bytes).unwrap(), message);
+    }
+
+    #[test]
+    fn of_a_key_that_stands_twice_the_last_counts_however_many_there_are() {
+        for others in [0, 2 * SCANNED_MAX] {
+            let keys = (0..others).map(|key| format!(r#""k{key}": 0, "#));
+            let json = format!(
+                r#"{{"a": 1, "\u0062": 2, {}"b": 3, "a": 4}}"#,
+                keys.collect::<String>()
+            );
+            let object = Object::parse(&json).unwrap();
+            let counting: Vec<_> = object
+                .last_of_each()
+                .map(|m| (&*m.name, m.value.get()))
+                .collect();
+            assert_eq!(counting.len(), others + 2);
+            assert_eq!(counting[others..], [("b", "3"), ("a", "4")]);
+        }
     }
 
     #[test]

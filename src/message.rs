@@ -326,6 +326,42 @@ fn swap_tokens(json: &str, swap: impl Fn(&str) -> &str) -> String {
 /// The text of a JSON string. What UTF-8 cannot hold (a lone surrogate, which Python writes)
 /// becomes U+FFFD.
 pub fn string_lossy(json: &str) -> Option<String> {
+    read_string(json).map(|text| text.shown.into_owned())
+}
+
+/// What a JSON string says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JsonText<'a> {
+    /// The text, with U+FFFD for what UTF-8 cannot hold.
+    pub shown: Cow<'a, str>,
+    /// Whether there was nothing such.
+    pub is_exact: bool,
+}
+
+/// Reads a JSON string, without a copy if it has no escapes. `None` for any other JSON.
+pub fn read_string(json: &str) -> Option<JsonText<'_>> {
+    let exact = |shown| JsonText {
+        shown,
+        is_exact: true,
+    };
+    // Nearly all strings: not even serde_json's error is made for what is no string.
+    let inner = json.trim_ascii().strip_prefix('"')?;
+    let inner = inner.strip_suffix('"').unwrap_or(json);
+    // No early end, so that many bytes are compared at once.
+    let is_odd = |byte: u8| byte < b' ' || byte == b'"' || byte == b'\\';
+    if !inner.bytes().fold(false, |odd, byte| odd | is_odd(byte)) {
+        return Some(exact(Cow::Borrowed(inner)));
+    }
+    if let Ok(text) = serde_json::from_str(json) {
+        return Some(exact(Cow::Owned(text)));
+    }
+    read_string_lossy(json).map(|text| JsonText {
+        shown: Cow::Owned(text),
+        is_exact: false,
+    })
+}
+
+fn read_string_lossy(json: &str) -> Option<String> {
     struct Reader;
     impl Visitor<'_> for Reader {
         type Value = String;
@@ -649,6 +685,25 @@ mod tests {
 
     fn rule_of(result: Result<Draft, Violation>) -> String {
         result.expect_err("must be refused").to_string()
+    }
+
+    #[test]
+    fn a_json_string_is_read_and_said_to_be_exact_or_not() {
+        let read = |json| read_string(json).map(|text| (text.shown.into_owned(), text.is_exact));
+        let exact = |text: &str| Some((text.to_owned(), true));
+        assert_eq!(read(r#""""#), exact(""));
+        assert_eq!(read(r#""plain é 🎉""#), exact("plain é 🎉"));
+        assert_eq!(read(" \"spaced\"\n"), exact("spaced"));
+        assert_eq!(read(r#""a\"b\\\u00e9\ud83c\udf89""#), exact("a\"b\\é🎉"));
+        assert_eq!(
+            read(r#""\ud800 lone""#),
+            Some(("\u{fffd} lone".to_owned(), false))
+        );
+        for other in [
+            "null", "7", "{}", "[\"a\"]", "", "\"", "\"a", "a\"", "\"a\"b\"", r#""\""#,
+        ] {
+            assert_eq!(read(other), None, "{other}");
+        }
     }
 
     #[test]

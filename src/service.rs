@@ -149,8 +149,12 @@ impl pb::chat_memory_server::ChatMemory for Service {
         let call = AppendCall::parse(request.into_inner())?;
 
         let time_ms = now_ms();
+        let are_given: Vec<bool> = call.drafts.iter().map(|draft| draft.id.is_some()).collect();
+        let seed = format!("append {}", call.request_id);
+        let stored = |drafts, time_ms| stored_messages(&call.session, &seed, drafts, time_ms);
+        let mut messages = stored(call.drafts, time_ms);
         let append = Append {
-            elements: call.stored(time_ms).iter().map(langchain::encode).collect(),
+            elements: messages.iter().map(langchain::encode).collect(),
             request: call.key,
             time_ms,
             expected_last_sequence: call.expected_last_sequence,
@@ -159,9 +163,16 @@ impl pb::chat_memory_server::ChatMemory for Service {
         let appended = within(deadline, true, self.store.append(&call.session, append)).await?;
         let appended = appended.map_err(|error| Error::of_write(error, "request_id"))?;
 
-        // A repeated request is answered as the first one was: same times, same ids.
-        let messages = call.stored(appended.time_ms);
-        let numbered = (appended.first_sequence..).zip(&messages);
+        if appended.time_ms != time_ms {
+            // A repeated request is answered as the first one was: same times, same ids.
+            let drafts = messages.into_iter().zip(are_given);
+            let drafts = drafts.map(|(message, is_given)| Draft {
+                id: message.draft.id.filter(|_| is_given),
+                ..message.draft
+            });
+            messages = stored(drafts.collect(), appended.time_ms);
+        }
+        let numbered = (appended.first_sequence..).zip(messages);
         Ok(Response::new(pb::AppendResponse {
             messages: numbered
                 .map(|(sequence, message)| wire::render_message(sequence, message))
@@ -242,8 +253,8 @@ impl pb::chat_memory_server::ChatMemory for Service {
         Ok(Response::new(pb::StopChatResponse {
             turn_id,
             messages: messages
-                .iter()
-                .map(|(sequence, message)| wire::render_message(*sequence, message))
+                .into_iter()
+                .map(|(sequence, message)| wire::render_message(sequence, message))
                 .collect(),
         }))
     }
@@ -494,12 +505,6 @@ impl AppendCall {
             expected_last_sequence: request.expected_last_sequence,
         })
     }
-
-    /// The messages as they are stored at that moment.
-    fn stored(&self, time_ms: i64) -> Vec<crate::message::Message> {
-        let id_seed = format!("append {}", self.request_id);
-        stored_messages(&self.session, &id_seed, self.drafts.clone(), time_ms)
-    }
 }
 
 /// The client's id, or a new one.
@@ -616,8 +621,8 @@ fn render_event(number: i64, event: Event) -> pb::ChatResponse {
         Event::Completed(completed) => Shown::Completed(pb::Completed {
             messages: completed
                 .messages
-                .iter()
-                .map(|(sequence, message)| wire::render_message(*sequence, message))
+                .into_iter()
+                .map(|(sequence, message)| wire::render_message(sequence, message))
                 .collect(),
             usage: completed.usage.map(wire::render_usage),
             finish_reason: wire::render_finish_reason(completed.finish_reason).into(),

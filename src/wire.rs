@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
 use tonic::{
     Status,
-    codec::{BufferSettings, DecodeBuf, Decoder},
+    codec::{BufferSettings, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
 
 use crate::{
@@ -201,7 +201,7 @@ pub fn render_element(element: Element, include_raw: bool) -> pb::Message {
     };
     let size = bytes.len();
     let mut message = match langchain::decode(&bytes) {
-        Ok(message) => render_message(element.sequence, &message),
+        Ok(message) => render_message(element.sequence, message),
         Err(langchain::Unreadable) => pb::Message {
             sequence: element.sequence,
             role: pb::Role::Other.into(),
@@ -243,22 +243,25 @@ fn too_large(sequence: Sequence, size: usize) -> pb::Message {
 }
 
 /// Shows a message.
-pub fn render_message(sequence: Sequence, message: &Message) -> pb::Message {
-    let draft = &message.draft;
-    let (role, role_name) = match &draft.role {
+pub fn render_message(sequence: Sequence, message: Message) -> pb::Message {
+    let draft = message.draft;
+    let (role, role_name) = match draft.role {
         Role::System => (pb::Role::System, String::new()),
         Role::User => (pb::Role::User, String::new()),
         Role::Assistant => (pb::Role::Assistant, String::new()),
         Role::Tool => (pb::Role::Tool, String::new()),
-        Role::Other(name) => (pb::Role::Other, name.clone()),
+        Role::Other(name) => (pb::Role::Other, name),
     };
-    let parts = match &draft.content {
-        Content::Text(_) => Vec::new(),
-        Content::Parts(parts) => parts.iter().map(render_part).collect(),
+    let (content, parts) = match draft.content {
+        Content::Text(text) => (text, Vec::new()),
+        Content::Parts(parts) => (
+            parts.iter().filter_map(Part::text).collect(),
+            parts.into_iter().map(render_part).collect(),
+        ),
     };
-    let tool_calls = draft.tool_calls.iter().map(|call| pb::ToolCall {
-        id: call.id.clone(),
-        name: call.name.clone(),
+    let tool_calls = draft.tool_calls.into_iter().map(|call| pb::ToolCall {
+        id: call.id,
+        name: call.name,
         arguments: call.arguments.shown().into_owned(),
     });
     let mut metadata = draft
@@ -272,36 +275,35 @@ pub fn render_message(sequence: Sequence, message: &Message) -> pb::Message {
     }
     pb::Message {
         sequence,
-        id: draft.id.clone().unwrap_or_default(),
+        id: draft.id.unwrap_or_default(),
         role: role.into(),
         role_name,
-        content: draft.content.text(),
+        content,
         parts,
         tool_calls: tool_calls.collect(),
-        tool_call_id: draft.tool_call_id.clone().unwrap_or_default(),
-        name: draft.name.clone().unwrap_or_default(),
+        tool_call_id: draft.tool_call_id.unwrap_or_default(),
+        name: draft.name.unwrap_or_default(),
         usage: draft.usage.map(render_usage),
         create_time: message.create_time_ms.map(render_time),
         interrupted: message.interrupted,
-        reasoning: draft.reasoning.clone().unwrap_or_default(),
+        reasoning: draft.reasoning.unwrap_or_default(),
         metadata: Some(metadata).filter(|metadata| !metadata.fields.is_empty()),
-        turn_id: message.turn_id.clone().unwrap_or_default(),
+        turn_id: message.turn_id.unwrap_or_default(),
         ..Default::default()
     }
 }
 
-fn render_part(part: &Part) -> pb::ContentPart {
+fn render_part(part: Part) -> pb::ContentPart {
     use pb::content_part::Part as Shown;
     let shown = match part {
-        Part::Text(text) => Shown::Text(text.clone()),
+        Part::Text(text) => Shown::Text(text),
         Part::ImageUrl { url, detail } => Shown::ImageUrl(pb::ImageUrl {
-            url: url.clone(),
-            detail: detail.clone().unwrap_or_default(),
+            url,
+            detail: detail.unwrap_or_default(),
         }),
-        Part::InlineData { media_type, data } => Shown::InlineData(pb::InlineData {
-            media_type: media_type.clone(),
-            data: data.clone(),
-        }),
+        Part::InlineData { media_type, data } => {
+            Shown::InlineData(pb::InlineData { media_type, data })
+        }
         Part::Json(json) => Shown::Json(json.shown().into_owned()),
     };
     pb::ContentPart { part: Some(shown) }
@@ -643,7 +645,7 @@ pub fn weigh(include_raw: bool) -> fn(&Element, &Message) -> Option<usize> {
     }
     match include_raw {
         true => |element, _| of(render_element(element.clone(), true)),
-        false => |element, message| of(render_message(element.sequence, message)),
+        false => |element, message| of(render_message(element.sequence, message.clone())),
     }
 }
 
@@ -841,15 +843,35 @@ where
 {
     type Encode = Out;
     type Decode = In;
-    type Encoder = tonic_prost::ProstEncoder<Out>;
+    type Encoder = SizedEncoder<Out>;
     type Decoder = CheckedDecoder<In>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        tonic_prost::ProstEncoder::new(BufferSettings::new(ENCODE_BYTES, YIELD_BYTES))
+        SizedEncoder(std::marker::PhantomData)
     }
 
     fn decoder(&mut self) -> Self::Decoder {
         CheckedDecoder(std::marker::PhantomData)
+    }
+}
+
+/// Encodes one type of answer.
+#[derive(Debug)]
+pub struct SizedEncoder<Out>(std::marker::PhantomData<Out>);
+
+impl<Out: prost::Message> Encoder for SizedEncoder<Out> {
+    type Item = Out;
+    type Error = Status;
+
+    fn buffer_settings(&self) -> BufferSettings {
+        BufferSettings::new(ENCODE_BYTES, YIELD_BYTES)
+    }
+
+    fn encode(&mut self, message: Out, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        // All at once: a page would outgrow the buffer, and be copied, half a dozen times.
+        buffer.reserve(message.encoded_len());
+        message.encode_raw(buffer);
+        Ok(())
     }
 }
 

@@ -415,6 +415,26 @@ async fn no_message_text_reaches_the_log_at_any_level() {
 }
 
 #[tokio::test]
+async fn a_server_of_one_thread_serves_and_drains() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("x.db");
+    let mut program = Program::start(&[
+        "--workers",
+        "1",
+        "--listen",
+        "127.0.0.1:0",
+        "--database",
+        database.to_str().unwrap(),
+    ]);
+    let mut first = connect(&program).await;
+    let mut second = connect(&program).await;
+    tell(&mut first, chat("s", "hi")).await;
+    assert_eq!(contents(&mut second, "s").await, ["hi", "You said: hi"]);
+    program.signal("TERM");
+    assert!(program.wait().success());
+}
+
+#[tokio::test]
 async fn sigterm_drains_and_a_second_signal_ends_it_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let mut program = Program::embedded(&directory.path().join("x.db"));

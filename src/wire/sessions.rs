@@ -316,7 +316,7 @@ fn render_scene(scene: &Scene) -> pb::Turn {
             interrupted: false,
             turn_id: None,
         };
-        render_message(0, &message)
+        render_message(0, message)
     };
     pb::Turn {
         question: scene.question.iter().map(render).collect(),
