@@ -25,6 +25,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::InvalidSettings;
+use super::sentinel::Sentinels;
 
 /// How long a call waits for a connection when there is none.
 pub(super) const CONNECTION_WAIT: Duration = Duration::from_secs(1);
@@ -52,14 +53,23 @@ pub(super) struct Target {
 }
 
 #[derive(Clone)]
-enum Address {
-    Tcp { host: String, port: u16 },
-    Tls { host: String, port: u16, tls: Tls },
+pub(super) enum Address {
+    Tcp {
+        host: String,
+        port: u16,
+    },
+    Tls {
+        host: String,
+        port: u16,
+        tls: Tls,
+    },
     Unix(PathBuf),
+    /// Where these say, at the time.
+    Sentinels(Sentinels),
 }
 
 #[derive(Clone)]
-struct Tls {
+pub(super) struct Tls {
     connector: TlsConnector,
     name: ServerName<'static>,
 }
@@ -71,6 +81,10 @@ impl Target {
         ca_file: Option<&Path>,
         timeout: Duration,
     ) -> Result<Self, InvalidSettings> {
+        if let Some(rest) = url.strip_prefix("redis-sentinel://") {
+            let parsed = Sentinels::parse(rest).map_err(InvalidSettings::Url)?;
+            return Self::checked(Address::Sentinels(parsed.0), parsed.1, ca_file, timeout);
+        }
         let info = url
             .into_connection_info()
             .map_err(|error| InvalidSettings::Url(explain(&error)))?;
@@ -99,19 +113,24 @@ impl Target {
                 return Err(InvalidSettings::Url(reason));
             }
         };
+        Self::checked(address, info.redis_settings().clone(), ca_file, timeout)
+    }
+
+    fn checked(
+        address: Address,
+        handshake: RedisConnectionInfo,
+        ca_file: Option<&Path>,
+        timeout: Duration,
+    ) -> Result<Self, InvalidSettings> {
         if let (Some(path), false) = (ca_file, matches!(address, Address::Tls { .. })) {
             return Err(InvalidSettings::Certificates {
                 path: path.to_owned(),
                 reason: "is of use with `rediss://` only".to_owned(),
             });
         }
-        let handshake = info
-            .redis_settings()
-            .clone()
-            .set_lib_name("chat-memory", env!("CARGO_PKG_VERSION"));
         Ok(Self {
             address,
-            handshake,
+            handshake: handshake.set_lib_name("chat-memory", env!("CARGO_PKG_VERSION")),
             timeout,
         })
     }
@@ -122,13 +141,14 @@ impl Target {
             Address::Tcp { host, port } => format!("{host}:{port}"),
             Address::Tls { host, port, .. } => format!("{host}:{port} with TLS"),
             Address::Unix(path) => path.display().to_string(),
+            Address::Sentinels(sentinels) => sentinels.describe(),
         };
         format!("Redis at {place}, database {}", self.handshake.db())
     }
 
     /// Connects, logs in, and finds out whether this Redis will do.
     async fn connect(&self) -> Result<Live, String> {
-        let stream = self.dial().await.map_err(|error| error.to_string())?;
+        let stream = self.dial().await?;
         let config = AsyncConnectionConfig::new()
             .set_response_timeout(Some(self.timeout))
             .set_pipeline_buffer_size(QUEUE_MAX);
@@ -160,7 +180,7 @@ impl Target {
     /// Opens a connection that is told of what is published.
     pub(super) async fn subscriber(&self) -> Result<PubSub, String> {
         let connecting = async {
-            let stream = self.dial().await.map_err(|error| error.to_string())?;
+            let stream = self.dial().await?;
             let connection = PubSub::new(&self.handshake, stream).await;
             connection.map_err(|error| explain(&error))
         };
@@ -175,35 +195,48 @@ impl Target {
         self.timeout
     }
 
-    async fn dial(&self) -> std::io::Result<Box<dyn Stream>> {
-        Ok(match &self.address {
-            Address::Tcp { host, port } => Box::new(self.dial_tcp(host, *port).await?),
-            Address::Tls { host, port, tls } => {
-                let stream = self.dial_tcp(host, *port).await?;
-                Box::new(tls.connector.connect(tls.name.clone(), stream).await?)
+    async fn dial(&self) -> Result<Box<dyn Stream>, String> {
+        let dialled = match &self.address {
+            Address::Sentinels(sentinels) => {
+                let (host, port) = sentinels.master(self.timeout).await?;
+                dial(&Address::Tcp { host, port }).await
             }
-            Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
-        })
-    }
-
-    async fn dial_tcp(&self, host: &str, port: u16) -> std::io::Result<TcpStream> {
-        let stream = TcpStream::connect((host, port)).await?;
-        stream.set_nodelay(true)?;
-        let socket = socket2::SockRef::from(&stream);
-        let keepalive = socket2::TcpKeepalive::new()
-            .with_time(KEEPALIVE)
-            .with_interval(KEEPALIVE / 3);
-        socket.set_tcp_keepalive(&keepalive)?;
-        #[cfg(target_os = "linux")]
-        socket.set_tcp_user_timeout(Some(KEEPALIVE))?;
-        // A connection that is given up must not deliver what it still holds: a write that arrives
-        // long after its repetition could undo a clear.
-        socket.set_linger(Some(Duration::ZERO))?;
-        Ok(stream)
+            address => dial(address).await,
+        };
+        dialled.map_err(|error| error.to_string())
     }
 }
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+/// Opens a stream to one server, whose address is known.
+pub(super) async fn dial(address: &Address) -> std::io::Result<Box<dyn Stream>> {
+    Ok(match address {
+        Address::Tcp { host, port } => Box::new(dial_tcp(host, *port).await?),
+        Address::Tls { host, port, tls } => {
+            let stream = dial_tcp(host, *port).await?;
+            Box::new(tls.connector.connect(tls.name.clone(), stream).await?)
+        }
+        Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
+        Address::Sentinels(_) => return Err(std::io::ErrorKind::Unsupported.into()),
+    })
+}
+
+async fn dial_tcp(host: &str, port: u16) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    let socket = socket2::SockRef::from(&stream);
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE / 3);
+    socket.set_tcp_keepalive(&keepalive)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(KEEPALIVE))?;
+    // A connection that is given up must not deliver what it still holds: a write that arrives
+    // long after its repetition could undo a clear.
+    socket.set_linger(Some(Duration::ZERO))?;
+    Ok(stream)
+}
+
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 fn tls_connector(ca_file: Option<&Path>) -> Result<TlsConnector, InvalidSettings> {
@@ -315,6 +348,12 @@ pub(super) fn explain(error: &RedisError) -> String {
     text.chars().take(ERROR_CHARS_MAX).collect()
 }
 
+/// Whether a replica refused a write.
+fn is_read_only(error: &RedisError) -> bool {
+    // Redis 6 wraps the errors of commands in scripts into one of its own, hence not the code.
+    explain(error).contains("READONLY ")
+}
+
 /// A connection in use.
 #[derive(Clone)]
 struct Live {
@@ -387,6 +426,9 @@ impl Connection {
         script: &ScriptInvocation<'_>,
     ) -> Result<Value, Failure> {
         match self.run(script).await {
+            // Refused before its first write: its place is elsewhere by now, which the next
+            // connection finds out.
+            Err(Failure::Refused(error)) if is_read_only(&error) => self.run(script).await,
             Err(Failure::NoAnswer(reason)) => {
                 let second = self.run(script).await;
                 // Whatever the second attempt fails from, the first may have arrived.
@@ -419,9 +461,7 @@ impl Connection {
                 Err(Failure::NoAnswer(explain(&error)))
             }
             Ok(Err(error)) => {
-                // Redis 6 wraps the errors of commands in scripts into one of its own, hence not
-                // the code.
-                if explain(&error).contains("READONLY ") {
+                if is_read_only(&error) {
                     // The master has become a replica: look for the new one.
                     live.broken.cancel();
                 }
@@ -589,6 +629,10 @@ mod tests {
                 "redis+unix:///run/redis.sock?db=2&user=alice&pass=secret",
                 "Redis at /run/redis.sock, database 2",
             ),
+            (
+                "redis-sentinel://:secret@a:1,b:2/mymaster/4",
+                "Redis at the master mymaster of Sentinels at a:1,b:2, database 4",
+            ),
         ] {
             assert_eq!(target(url).ok().unwrap().describe(), described);
         }
@@ -603,6 +647,8 @@ mod tests {
             "redis://:secret@localhost/first",
             "redis://:secret@0.0.0.0",
             "rediss://:secret@localhost#insecure",
+            "redis-sentinel://:secret@localhost",
+            "rediss-sentinel://:secret@localhost/mymaster",
         ] {
             let error = target(url).err().expect(url).to_string();
             assert!(!error.contains("secret"), "{error}");

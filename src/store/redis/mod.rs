@@ -8,6 +8,7 @@
 //! - [`index`]: which sessions there are, for lists of them
 //! - [`watcher`]: notices changes, for those who wait for one
 //! - [`connection`]: how Redis is reached, and what happens when it is not
+//! - [`sentinel`]: where the master is that Sentinels watch over; [`url`]: URLs of several servers
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
 use std::path::PathBuf;
@@ -35,8 +36,10 @@ mod connection;
 mod index;
 pub mod inspect;
 mod layout;
+mod sentinel;
 mod sessions;
 mod turns;
+mod url;
 mod watcher;
 
 /// LangChain's prefix of keys.
@@ -51,7 +54,8 @@ const SEQUENCE_MAX: Sequence = 1 << 53;
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// `redis://[user][:password@]host[:port][/database]`, `rediss://…` for TLS, or
-    /// `redis+unix:///path[?db=…&user=…&pass=…]`.
+    /// `redis+unix:///path[?db=…&user=…&pass=…]`, or
+    /// `redis-sentinel://[user:password@]host[:port][,host[:port]…]/master[/database]`.
     pub url: Secret,
     /// What the keys of sessions begin with. Without braces.
     pub key_prefix: String,
