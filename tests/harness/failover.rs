@@ -17,7 +17,7 @@ use super::wait::{LIMIT, until};
 /// repeated until it is acknowledged.
 pub struct Load {
     stop: Arc<AtomicBool>,
-    acknowledged: Arc<AtomicU64>,
+    acknowledged: Vec<Arc<AtomicU64>>,
     clients: Vec<JoinHandle<Client>>,
 }
 
@@ -31,28 +31,27 @@ struct Client {
 impl Load {
     pub fn start(stores: &[Arc<Redis>], sessions: &[String]) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let acknowledged = Arc::new(AtomicU64::new(0));
-        let clients = sessions
+        let acknowledged: Vec<Arc<AtomicU64>> = sessions.iter().map(|_| Arc::default()).collect();
+        let mut clients = Vec::new();
+        for ((name, store), count) in sessions
             .iter()
             .zip(stores.iter().cycle())
-            .map(|(name, store)| {
-                let (store, name) = (Arc::clone(store), name.clone());
-                tokio::spawn(append_until(
-                    store,
-                    name,
-                    stop.clone(),
-                    acknowledged.clone(),
-                ))
-            });
+            .zip(&acknowledged)
+        {
+            let (store, name) = (Arc::clone(store), name.clone());
+            let client = append_until(store, name, stop.clone(), count.clone());
+            clients.push(tokio::spawn(client));
+        }
         Self {
-            clients: clients.collect(),
-            stop: stop.clone(),
-            acknowledged: acknowledged.clone(),
+            stop,
+            acknowledged,
+            clients,
         }
     }
 
     pub fn acknowledged(&self) -> u64 {
-        self.acknowledged.load(Ordering::Relaxed)
+        let counts = self.acknowledged.iter();
+        counts.map(|count| count.load(Ordering::Relaxed)).sum()
     }
 
     /// Waits until so many more have been acknowledged. Says how long that took.
@@ -63,6 +62,21 @@ impl Load {
         })
         .await;
         since.elapsed()
+    }
+
+    /// Waits until each client has so many more acknowledged.
+    pub async fn progress_of_all(&self, count: u64) {
+        let load = |of: &Arc<AtomicU64>| of.load(Ordering::Relaxed);
+        let goals: Vec<u64> = self
+            .acknowledged
+            .iter()
+            .map(|of| load(of) + count)
+            .collect();
+        until("each client makes progress", async || {
+            let mut counts = self.acknowledged.iter().zip(&goals);
+            counts.all(|(of, goal)| load(of) >= *goal).then_some(())
+        })
+        .await;
     }
 
     /// Ends the load, and checks that each message is there at most once, and that those are there

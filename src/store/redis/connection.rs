@@ -1,5 +1,5 @@
-//! The connection to Redis: one task makes it, watches it and makes it anew; callers only use it.
-//! Knows nothing of what is asked over it.
+//! The connection to one Redis: one task makes it, watches it and makes it anew; callers only use it.
+//! Knows nothing of what is asked over it, and of no other Redis ([`super::router`] does).
 //!
 //! Callers never connect. A connection that has died without a word (its peer gone, a firewall that
 //! forgot it) is found by a ping each second or by a call without an answer, whichever is first,
@@ -46,10 +46,12 @@ const ERROR_CHARS_MAX: usize = 300;
 
 /// Where Redis is and how to speak to it.
 #[derive(Clone)]
-pub(super) struct Target {
+pub(super) struct Server {
     address: Address,
     handshake: RedisConnectionInfo,
     timeout: Duration,
+    /// One of many, which may be a replica: it says itself where the master is.
+    is_in_cluster: bool,
 }
 
 #[derive(Clone)]
@@ -74,7 +76,7 @@ pub(super) struct Tls {
     name: ServerName<'static>,
 }
 
-impl Target {
+impl Server {
     /// Reads a URL as redis-rs does, and the certificates to trust where it asks for TLS.
     pub(super) fn new(
         url: &str,
@@ -132,6 +134,26 @@ impl Target {
             address,
             handshake: handshake.set_lib_name("chat-memory", env!("CARGO_PKG_VERSION")),
             timeout,
+            is_in_cluster: false,
+        })
+    }
+
+    /// A node of a cluster that this server belongs to.
+    pub(super) fn node(&self, host: &str, port: u16) -> Result<Self, String> {
+        let host = host.to_owned();
+        let address = match &self.address {
+            Address::Tls { tls, .. } => {
+                let name = ServerName::try_from(host.clone()).map_err(|error| error.to_string())?;
+                let connector = tls.connector.clone();
+                let tls = Tls { connector, name };
+                Address::Tls { host, port, tls }
+            }
+            _ => Address::Tcp { host, port },
+        };
+        Ok(Self {
+            address,
+            is_in_cluster: true,
+            ..self.clone()
         })
     }
 
@@ -168,7 +190,7 @@ impl Target {
         let driver = Arc::new(AbortOnDropHandle::new(driver));
         ping(&mut connection).await?;
         let info = info(&mut connection).await?;
-        check_info(&info)?;
+        check_info(&info, self.is_in_cluster)?;
         Ok(Live {
             connection,
             broken,
@@ -307,7 +329,7 @@ fn value_of<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// Whether this Redis will do.
-fn check_info(info: &str) -> Result<(), String> {
+fn check_info(info: &str, may_be_replica: bool) -> Result<(), String> {
     // Valkey says `redis_version:7.2.4`, too.
     if let Some(version) = value_of(info, "redis_version") {
         let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
@@ -320,14 +342,14 @@ fn check_info(info: &str) -> Result<(), String> {
         }
     }
     // After a failover, the address may lead to the old master for a while.
-    if value_of(info, "role") == Some("slave") {
+    if !may_be_replica && value_of(info, "role") == Some("slave") {
         return Err("this Redis is a replica, which cannot be written to".to_owned());
     }
     Ok(())
 }
 
 /// The first error of several commands', as it is when a command is sent alone.
-fn first_of(error: RedisError) -> RedisError {
+pub(super) fn first_of(error: RedisError) -> RedisError {
     let errors = error.clone().into_server_errors();
     match errors.as_deref() {
         Some([(_, first), ..]) => first.clone().into(),
@@ -384,17 +406,17 @@ pub(super) enum Failure {
 }
 
 /// The users' end of the connection. When it is dropped, the connection is closed.
-pub(super) struct Connection {
+pub(super) struct Node {
     state: watch::Receiver<State>,
     reachable: watch::Receiver<bool>,
     timeout: Duration,
     _stop: DropGuard,
 }
 
-impl Connection {
+impl Node {
     /// Starts to connect, and to keep connected; does not wait for it. Must be called within a
     /// Tokio runtime.
-    pub(super) fn start(target: Target) -> Self {
+    pub(super) fn start(target: Server) -> Self {
         let (state_sender, state) =
             watch::channel(State::Disconnected("not connected yet".to_owned()));
         let (reachable_sender, reachable) = watch::channel(false);
@@ -475,6 +497,35 @@ impl Connection {
         }
     }
 
+    /// Sends commands, some of them with ASKING before, and takes their answers, errors among them.
+    /// Says also which run of Redis answered. Waits so long for a connection.
+    pub(super) async fn send(
+        &self,
+        commands: &[(&redis::Cmd, bool)],
+        limit: Duration,
+    ) -> Result<(Vec<Value>, Arc<str>), Failure> {
+        let live = self.live(limit).await.map_err(Failure::NotSent)?;
+        let mut connection = live.connection.clone();
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        for (command, asks) in commands {
+            if *asks {
+                pipeline.cmd("ASKING");
+            }
+            pipeline.add_command((*command).clone());
+        }
+        let answer = pipeline.query_async::<Vec<Value>>(&mut connection);
+        let mut values = self.settle(&live, answer).await?.into_iter();
+        let mut answers = Vec::with_capacity(commands.len());
+        for (_, asks) in commands {
+            if *asks {
+                values.next();
+            }
+            answers.push(values.next().unwrap_or_default());
+        }
+        Ok((answers, live.run_id))
+    }
+
     /// Runs plain commands that may be run twice: twice, like a script, if the answer does not come.
     /// Says also which run of Redis answered.
     pub(super) async fn query(
@@ -540,7 +591,7 @@ impl Connection {
 }
 
 /// Keeps a connection, for ever.
-async fn supervise(target: Target, state: watch::Sender<State>, reachable: watch::Sender<bool>) {
+async fn supervise(target: Server, state: watch::Sender<State>, reachable: watch::Sender<bool>) {
     let mut pause = PAUSE_MIN;
     loop {
         let attempt = time::timeout(target.timeout, target.connect()).await;
@@ -610,8 +661,8 @@ async fn watch_over(live: Live) -> String {
 mod tests {
     use super::*;
 
-    fn target(url: &str) -> Result<Target, InvalidSettings> {
-        Target::new(url, None, Duration::from_secs(2))
+    fn target(url: &str) -> Result<Server, InvalidSettings> {
+        Server::new(url, None, Duration::from_secs(2))
     }
 
     #[test]
@@ -657,14 +708,17 @@ mod tests {
 
     #[test]
     fn versions_and_roles_are_told_apart() {
-        assert_eq!(check_info(""), Ok(()));
+        assert_eq!(check_info("", false), Ok(()));
         let valkey = "server_name:valkey\r\nvalkey_version:8.0.1\r\nredis_version:7.2.4\r\n";
-        assert_eq!(check_info(valkey), Ok(()));
-        assert_eq!(check_info("redis_version:6.2.0\r\nrole:master\r\n"), Ok(()));
+        assert_eq!(check_info(valkey, false), Ok(()));
         assert_eq!(
-            check_info("redis_version:6.0.16\r\n"),
+            check_info("redis_version:6.2.0\r\nrole:master\r\n", false),
+            Ok(())
+        );
+        assert_eq!(
+            check_info("redis_version:6.0.16\r\n", false),
             Err("this is Redis 6.0.16, and 6.2 or later is needed".to_owned())
         );
-        assert!(check_info("redis_version:7.0.15\r\nrole:slave\r\n").is_err());
+        assert!(check_info("redis_version:7.0.15\r\nrole:slave\r\n", false).is_err());
     }
 }
