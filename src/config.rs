@@ -471,7 +471,10 @@ pub struct Serve {
 #[derive(Debug, Clone, Args)]
 pub struct RedisArgs {
     /// The Redis that keeps the messages: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://`
-    /// for TLS, `redis+unix:///path` for a socket. A password is better in the variable than in
+    /// for TLS, `redis+unix:///path` for a socket,
+    /// `redis-sentinel://[USER:PASSWORD@]HOST[:PORT],…/MASTER[/DB]` for the master that Sentinels
+    /// name, `redis-cluster://HOST[:PORT],…` (`rediss-cluster://` with TLS) or several servers of
+    /// any scheme of TCP for a cluster. A password is better in the variable than in
     /// the flag, which other users of the machine can see
     #[arg(
         long,

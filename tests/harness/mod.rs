@@ -3,11 +3,14 @@
 // Each test program uses its own part of this.
 #![allow(dead_code)]
 
+pub mod cluster;
+pub mod failover;
 pub mod program;
 pub mod provider;
 pub mod proxy;
 pub mod redis;
 pub mod rules;
+pub mod sentinel;
 pub mod server;
 pub mod stores;
 pub mod turns;

@@ -1,5 +1,5 @@
-//! The connection to Redis: one task makes it, watches it and makes it anew; callers only use it.
-//! Knows nothing of what is asked over it.
+//! The connection to one Redis: one task makes it, watches it and makes it anew; callers only use it.
+//! Knows nothing of what is asked over it, and of no other Redis ([`super::router`] does).
 //!
 //! Callers never connect. A connection that has died without a word (its peer gone, a firewall that
 //! forgot it) is found by a ping each second or by a call without an answer, whichever is first,
@@ -25,6 +25,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::InvalidSettings;
+use super::sentinel::Sentinels;
 
 /// How long a call waits for a connection when there is none.
 pub(super) const CONNECTION_WAIT: Duration = Duration::from_secs(1);
@@ -45,32 +46,47 @@ const ERROR_CHARS_MAX: usize = 300;
 
 /// Where Redis is and how to speak to it.
 #[derive(Clone)]
-pub(super) struct Target {
+pub(super) struct Server {
     address: Address,
     handshake: RedisConnectionInfo,
     timeout: Duration,
+    /// One of many, which may be a replica: it says itself where the master is.
+    is_in_cluster: bool,
 }
 
 #[derive(Clone)]
-enum Address {
-    Tcp { host: String, port: u16 },
-    Tls { host: String, port: u16, tls: Tls },
+pub(super) enum Address {
+    Tcp {
+        host: String,
+        port: u16,
+    },
+    Tls {
+        host: String,
+        port: u16,
+        tls: Tls,
+    },
     Unix(PathBuf),
+    /// Where these say, at the time.
+    Sentinels(Sentinels),
 }
 
 #[derive(Clone)]
-struct Tls {
+pub(super) struct Tls {
     connector: TlsConnector,
     name: ServerName<'static>,
 }
 
-impl Target {
+impl Server {
     /// Reads a URL as redis-rs does, and the certificates to trust where it asks for TLS.
     pub(super) fn new(
         url: &str,
         ca_file: Option<&Path>,
         timeout: Duration,
     ) -> Result<Self, InvalidSettings> {
+        if let Some(rest) = url.strip_prefix("redis-sentinel://") {
+            let parsed = Sentinels::parse(rest).map_err(InvalidSettings::Url)?;
+            return Self::checked(Address::Sentinels(parsed.0), parsed.1, ca_file, timeout);
+        }
         let info = url
             .into_connection_info()
             .map_err(|error| InvalidSettings::Url(explain(&error)))?;
@@ -99,20 +115,45 @@ impl Target {
                 return Err(InvalidSettings::Url(reason));
             }
         };
+        Self::checked(address, info.redis_settings().clone(), ca_file, timeout)
+    }
+
+    fn checked(
+        address: Address,
+        handshake: RedisConnectionInfo,
+        ca_file: Option<&Path>,
+        timeout: Duration,
+    ) -> Result<Self, InvalidSettings> {
         if let (Some(path), false) = (ca_file, matches!(address, Address::Tls { .. })) {
             return Err(InvalidSettings::Certificates {
                 path: path.to_owned(),
                 reason: "is of use with `rediss://` only".to_owned(),
             });
         }
-        let handshake = info
-            .redis_settings()
-            .clone()
-            .set_lib_name("chat-memory", env!("CARGO_PKG_VERSION"));
         Ok(Self {
             address,
-            handshake,
+            handshake: handshake.set_lib_name("chat-memory", env!("CARGO_PKG_VERSION")),
             timeout,
+            is_in_cluster: false,
+        })
+    }
+
+    /// A node of a cluster that this server belongs to.
+    pub(super) fn node(&self, host: &str, port: u16) -> Result<Self, String> {
+        let host = host.to_owned();
+        let address = match &self.address {
+            Address::Tls { tls, .. } => {
+                let name = ServerName::try_from(host.clone()).map_err(|error| error.to_string())?;
+                let connector = tls.connector.clone();
+                let tls = Tls { connector, name };
+                Address::Tls { host, port, tls }
+            }
+            _ => Address::Tcp { host, port },
+        };
+        Ok(Self {
+            address,
+            is_in_cluster: true,
+            ..self.clone()
         })
     }
 
@@ -122,13 +163,14 @@ impl Target {
             Address::Tcp { host, port } => format!("{host}:{port}"),
             Address::Tls { host, port, .. } => format!("{host}:{port} with TLS"),
             Address::Unix(path) => path.display().to_string(),
+            Address::Sentinels(sentinels) => sentinels.describe(),
         };
         format!("Redis at {place}, database {}", self.handshake.db())
     }
 
     /// Connects, logs in, and finds out whether this Redis will do.
     async fn connect(&self) -> Result<Live, String> {
-        let stream = self.dial().await.map_err(|error| error.to_string())?;
+        let stream = self.dial().await?;
         let config = AsyncConnectionConfig::new()
             .set_response_timeout(Some(self.timeout))
             .set_pipeline_buffer_size(QUEUE_MAX);
@@ -148,7 +190,7 @@ impl Target {
         let driver = Arc::new(AbortOnDropHandle::new(driver));
         ping(&mut connection).await?;
         let info = info(&mut connection).await?;
-        check_info(&info)?;
+        check_info(&info, self.is_in_cluster)?;
         Ok(Live {
             connection,
             broken,
@@ -160,7 +202,7 @@ impl Target {
     /// Opens a connection that is told of what is published.
     pub(super) async fn subscriber(&self) -> Result<PubSub, String> {
         let connecting = async {
-            let stream = self.dial().await.map_err(|error| error.to_string())?;
+            let stream = self.dial().await?;
             let connection = PubSub::new(&self.handshake, stream).await;
             connection.map_err(|error| explain(&error))
         };
@@ -175,35 +217,48 @@ impl Target {
         self.timeout
     }
 
-    async fn dial(&self) -> std::io::Result<Box<dyn Stream>> {
-        Ok(match &self.address {
-            Address::Tcp { host, port } => Box::new(self.dial_tcp(host, *port).await?),
-            Address::Tls { host, port, tls } => {
-                let stream = self.dial_tcp(host, *port).await?;
-                Box::new(tls.connector.connect(tls.name.clone(), stream).await?)
+    async fn dial(&self) -> Result<Box<dyn Stream>, String> {
+        let dialled = match &self.address {
+            Address::Sentinels(sentinels) => {
+                let (host, port) = sentinels.master(self.timeout).await?;
+                dial(&Address::Tcp { host, port }).await
             }
-            Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
-        })
-    }
-
-    async fn dial_tcp(&self, host: &str, port: u16) -> std::io::Result<TcpStream> {
-        let stream = TcpStream::connect((host, port)).await?;
-        stream.set_nodelay(true)?;
-        let socket = socket2::SockRef::from(&stream);
-        let keepalive = socket2::TcpKeepalive::new()
-            .with_time(KEEPALIVE)
-            .with_interval(KEEPALIVE / 3);
-        socket.set_tcp_keepalive(&keepalive)?;
-        #[cfg(target_os = "linux")]
-        socket.set_tcp_user_timeout(Some(KEEPALIVE))?;
-        // A connection that is given up must not deliver what it still holds: a write that arrives
-        // long after its repetition could undo a clear.
-        socket.set_linger(Some(Duration::ZERO))?;
-        Ok(stream)
+            address => dial(address).await,
+        };
+        dialled.map_err(|error| error.to_string())
     }
 }
 
-trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+/// Opens a stream to one server, whose address is known.
+pub(super) async fn dial(address: &Address) -> std::io::Result<Box<dyn Stream>> {
+    Ok(match address {
+        Address::Tcp { host, port } => Box::new(dial_tcp(host, *port).await?),
+        Address::Tls { host, port, tls } => {
+            let stream = dial_tcp(host, *port).await?;
+            Box::new(tls.connector.connect(tls.name.clone(), stream).await?)
+        }
+        Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
+        Address::Sentinels(_) => return Err(std::io::ErrorKind::Unsupported.into()),
+    })
+}
+
+async fn dial_tcp(host: &str, port: u16) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    let socket = socket2::SockRef::from(&stream);
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE / 3);
+    socket.set_tcp_keepalive(&keepalive)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(KEEPALIVE))?;
+    // A connection that is given up must not deliver what it still holds: a write that arrives
+    // long after its repetition could undo a clear.
+    socket.set_linger(Some(Duration::ZERO))?;
+    Ok(stream)
+}
+
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 fn tls_connector(ca_file: Option<&Path>) -> Result<TlsConnector, InvalidSettings> {
@@ -274,7 +329,7 @@ fn value_of<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// Whether this Redis will do.
-fn check_info(info: &str) -> Result<(), String> {
+fn check_info(info: &str, may_be_replica: bool) -> Result<(), String> {
     // Valkey says `redis_version:7.2.4`, too.
     if let Some(version) = value_of(info, "redis_version") {
         let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
@@ -287,14 +342,14 @@ fn check_info(info: &str) -> Result<(), String> {
         }
     }
     // After a failover, the address may lead to the old master for a while.
-    if value_of(info, "role") == Some("slave") {
+    if !may_be_replica && value_of(info, "role") == Some("slave") {
         return Err("this Redis is a replica, which cannot be written to".to_owned());
     }
     Ok(())
 }
 
 /// The first error of several commands', as it is when a command is sent alone.
-fn first_of(error: RedisError) -> RedisError {
+pub(super) fn first_of(error: RedisError) -> RedisError {
     let errors = error.clone().into_server_errors();
     match errors.as_deref() {
         Some([(_, first), ..]) => first.clone().into(),
@@ -313,6 +368,12 @@ pub(super) fn explain(error: &RedisError) -> String {
         _ => error.to_string(),
     };
     text.chars().take(ERROR_CHARS_MAX).collect()
+}
+
+/// Whether a replica refused a write.
+fn is_read_only(error: &RedisError) -> bool {
+    // Redis 6 wraps the errors of commands in scripts into one of its own, hence not the code.
+    explain(error).contains("READONLY ")
 }
 
 /// A connection in use.
@@ -345,17 +406,17 @@ pub(super) enum Failure {
 }
 
 /// The users' end of the connection. When it is dropped, the connection is closed.
-pub(super) struct Connection {
+pub(super) struct Node {
     state: watch::Receiver<State>,
     reachable: watch::Receiver<bool>,
     timeout: Duration,
     _stop: DropGuard,
 }
 
-impl Connection {
+impl Node {
     /// Starts to connect, and to keep connected; does not wait for it. Must be called within a
     /// Tokio runtime.
-    pub(super) fn start(target: Target) -> Self {
+    pub(super) fn start(target: Server) -> Self {
         let (state_sender, state) =
             watch::channel(State::Disconnected("not connected yet".to_owned()));
         let (reachable_sender, reachable) = watch::channel(false);
@@ -387,6 +448,9 @@ impl Connection {
         script: &ScriptInvocation<'_>,
     ) -> Result<Value, Failure> {
         match self.run(script).await {
+            // Refused before its first write: its place is elsewhere by now, which the next
+            // connection finds out.
+            Err(Failure::Refused(error)) if is_read_only(&error) => self.run(script).await,
             Err(Failure::NoAnswer(reason)) => {
                 let second = self.run(script).await;
                 // Whatever the second attempt fails from, the first may have arrived.
@@ -419,9 +483,7 @@ impl Connection {
                 Err(Failure::NoAnswer(explain(&error)))
             }
             Ok(Err(error)) => {
-                // Redis 6 wraps the errors of commands in scripts into one of its own, hence not
-                // the code.
-                if explain(&error).contains("READONLY ") {
+                if is_read_only(&error) {
                     // The master has become a replica: look for the new one.
                     live.broken.cancel();
                 }
@@ -433,6 +495,35 @@ impl Connection {
                 Err(Failure::NoAnswer(format!("no answer in {limit_ms} ms")))
             }
         }
+    }
+
+    /// Sends commands, some of them with ASKING before, and takes their answers, errors among them.
+    /// Says also which run of Redis answered. Waits so long for a connection.
+    pub(super) async fn send(
+        &self,
+        commands: &[(&redis::Cmd, bool)],
+        limit: Duration,
+    ) -> Result<(Vec<Value>, Arc<str>), Failure> {
+        let live = self.live(limit).await.map_err(Failure::NotSent)?;
+        let mut connection = live.connection.clone();
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        for (command, asks) in commands {
+            if *asks {
+                pipeline.cmd("ASKING");
+            }
+            pipeline.add_command((*command).clone());
+        }
+        let answer = pipeline.query_async::<Vec<Value>>(&mut connection);
+        let mut values = self.settle(&live, answer).await?.into_iter();
+        let mut answers = Vec::with_capacity(commands.len());
+        for (_, asks) in commands {
+            if *asks {
+                values.next();
+            }
+            answers.push(values.next().unwrap_or_default());
+        }
+        Ok((answers, live.run_id))
     }
 
     /// Runs plain commands that may be run twice: twice, like a script, if the answer does not come.
@@ -500,7 +591,7 @@ impl Connection {
 }
 
 /// Keeps a connection, for ever.
-async fn supervise(target: Target, state: watch::Sender<State>, reachable: watch::Sender<bool>) {
+async fn supervise(target: Server, state: watch::Sender<State>, reachable: watch::Sender<bool>) {
     let mut pause = PAUSE_MIN;
     loop {
         let attempt = time::timeout(target.timeout, target.connect()).await;
@@ -570,8 +661,8 @@ async fn watch_over(live: Live) -> String {
 mod tests {
     use super::*;
 
-    fn target(url: &str) -> Result<Target, InvalidSettings> {
-        Target::new(url, None, Duration::from_secs(2))
+    fn target(url: &str) -> Result<Server, InvalidSettings> {
+        Server::new(url, None, Duration::from_secs(2))
     }
 
     #[test]
@@ -589,6 +680,10 @@ mod tests {
                 "redis+unix:///run/redis.sock?db=2&user=alice&pass=secret",
                 "Redis at /run/redis.sock, database 2",
             ),
+            (
+                "redis-sentinel://:secret@a:1,b:2/mymaster/4",
+                "Redis at the master mymaster of Sentinels at a:1,b:2, database 4",
+            ),
         ] {
             assert_eq!(target(url).ok().unwrap().describe(), described);
         }
@@ -603,6 +698,8 @@ mod tests {
             "redis://:secret@localhost/first",
             "redis://:secret@0.0.0.0",
             "rediss://:secret@localhost#insecure",
+            "redis-sentinel://:secret@localhost",
+            "rediss-sentinel://:secret@localhost/mymaster",
         ] {
             let error = target(url).err().expect(url).to_string();
             assert!(!error.contains("secret"), "{error}");
@@ -611,14 +708,17 @@ mod tests {
 
     #[test]
     fn versions_and_roles_are_told_apart() {
-        assert_eq!(check_info(""), Ok(()));
+        assert_eq!(check_info("", false), Ok(()));
         let valkey = "server_name:valkey\r\nvalkey_version:8.0.1\r\nredis_version:7.2.4\r\n";
-        assert_eq!(check_info(valkey), Ok(()));
-        assert_eq!(check_info("redis_version:6.2.0\r\nrole:master\r\n"), Ok(()));
+        assert_eq!(check_info(valkey, false), Ok(()));
         assert_eq!(
-            check_info("redis_version:6.0.16\r\n"),
+            check_info("redis_version:6.2.0\r\nrole:master\r\n", false),
+            Ok(())
+        );
+        assert_eq!(
+            check_info("redis_version:6.0.16\r\n", false),
             Err("this is Redis 6.0.16, and 6.2 or later is needed".to_owned())
         );
-        assert!(check_info("redis_version:7.0.15\r\nrole:slave\r\n").is_err());
+        assert!(check_info("redis_version:7.0.15\r\nrole:slave\r\n", false).is_err());
     }
 }

@@ -20,8 +20,9 @@ use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::time::{self, Instant};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::connection::{Connection, Failure};
+use super::connection::Failure;
 use super::layout::{IndexKeys, Scripts, pattern};
+use super::router::Connection;
 use super::{failure_of_read, unexpected};
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::store::sessions::LOOKED_AT_MAX;
@@ -550,14 +551,17 @@ impl Entries {
 
     /// Those of these sessions that are gone. Mostly none is, and one command says so.
     async fn missing(&self, entries: &[Entry]) -> std::result::Result<Vec<Entry>, Failure> {
-        let mut commands = redis::pipe();
-        commands.cmd("EXISTS");
-        for entry in entries {
-            commands.arg(self.list(&entry.session));
-        }
-        let count = i64::try_from(entries.len()).unwrap_or(i64::MAX);
-        if self.query(&commands).await?.first() == Some(&Value::Int(count)) {
-            return Ok(Vec::new());
+        // In a cluster, one command cannot ask for several.
+        if !self.connection.is_cluster() {
+            let mut commands = redis::pipe();
+            commands.cmd("EXISTS");
+            for entry in entries {
+                commands.arg(self.list(&entry.session));
+            }
+            let count = i64::try_from(entries.len()).unwrap_or(i64::MAX);
+            if self.query(&commands).await?.first() == Some(&Value::Int(count)) {
+                return Ok(Vec::new());
+            }
         }
         let mut commands = redis::pipe();
         for entry in entries {

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use redis::Value;
 
-use super::connection::{Connection, Failure};
+use super::connection::Failure;
 pub use super::layout::is_copy;
 use super::layout::pattern;
+use super::router::Connection;
 use super::{InvalidSettings, Settings, failure_of_read, unexpected};
 use crate::store::{Error, Result};
 

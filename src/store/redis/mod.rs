@@ -8,6 +8,8 @@
 //! - [`index`]: which sessions there are, for lists of them
 //! - [`watcher`]: notices changes, for those who wait for one
 //! - [`connection`]: how Redis is reached, and what happens when it is not
+//! - [`router`]: which connection a command takes; [`cluster`]: the nodes of a cluster, and their slots
+//! - [`sentinel`]: where the master is that Sentinels watch over; [`url`]: URLs of several servers
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
 use std::path::PathBuf;
@@ -19,9 +21,10 @@ use bytes::Bytes;
 use redis::{RedisError, ScriptInvocation, Value};
 use tokio::sync::watch;
 
-use self::connection::{Connection, Failure, Target, explain};
+use self::connection::{Failure, explain};
 use self::index::Index;
 use self::layout::{Keys, Scripts, pattern};
+use self::router::{Connection, Target};
 use self::watcher::Watch;
 use super::sessions::Upkeep;
 use super::{
@@ -31,12 +34,16 @@ use super::{
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::secret::Secret;
 
+mod cluster;
 mod connection;
 mod index;
 pub mod inspect;
 mod layout;
+mod router;
+mod sentinel;
 mod sessions;
 mod turns;
+mod url;
 mod watcher;
 
 /// LangChain's prefix of keys.
@@ -51,7 +58,9 @@ const SEQUENCE_MAX: Sequence = 1 << 53;
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// `redis://[user][:password@]host[:port][/database]`, `rediss://…` for TLS, or
-    /// `redis+unix:///path[?db=…&user=…&pass=…]`.
+    /// `redis+unix:///path[?db=…&user=…&pass=…]`, or
+    /// `redis-sentinel://[user:password@]host[:port][,host[:port]…]/master[/database]`, or
+    /// `redis-cluster://[user:password@]host[:port][,host[:port]…]`.
     pub url: Secret,
     /// What the keys of sessions begin with. Without braces.
     pub key_prefix: String,

@@ -13,8 +13,9 @@ use tokio::sync::Notify;
 use tokio::time::{self, Instant};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::connection::{Connection, Target, explain};
+use super::connection::explain;
 use super::layout::{Keys, Scripts, channel, session_of_channel};
+use super::router::{Connection, Target};
 use crate::message::SessionId;
 use crate::store::{Bell, Bells};
 
@@ -259,6 +260,9 @@ impl Peeker {
     }
 
     async fn look_at(&self, sessions: &[SessionId]) -> Option<Vec<Vec<u8>>> {
+        if self.connection.is_cluster() {
+            return self.look_at_each(sessions).await;
+        }
         let mut script = self.scripts.peek.prepare_invoke();
         for session in sessions {
             let keys = Keys::new(&self.prefix, session);
@@ -273,5 +277,31 @@ impl Peeker {
             _ => None,
         };
         looks.into_iter().map(bytes).collect()
+    }
+
+    /// In a cluster, one script cannot look at sessions of several slots.
+    async fn look_at_each(&self, sessions: &[SessionId]) -> Option<Vec<Vec<u8>>> {
+        let keys: Vec<Keys> = sessions
+            .iter()
+            .map(|session| Keys::new(&self.prefix, session))
+            .collect();
+        let call = |keys: &'_ Keys| {
+            let [list, .., turns] = keys.in_order();
+            (vec![list.to_owned(), turns.to_owned()], ["", ""])
+        };
+        let calls: Vec<_> = keys.iter().map(call).collect();
+        let calls: Vec<(Vec<&str>, [&str; 2])> = calls
+            .iter()
+            .map(|(keys, arguments)| (keys.iter().map(String::as_str).collect(), *arguments))
+            .collect();
+        let looks = self.connection.run_for_each(&self.scripts.peek, &calls);
+        let look = |look| match look {
+            Value::Array(looks) => match looks.into_iter().next() {
+                Some(Value::BulkString(look)) => Some(look),
+                _ => None,
+            },
+            _ => None,
+        };
+        looks.await.ok()?.into_iter().map(look).collect()
     }
 }

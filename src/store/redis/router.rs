@@ -1,0 +1,145 @@
+//! Which connection a command takes: to one Redis, or to the node of a cluster that has its slot.
+//! Callers need not know which it is, but where one command would have keys of several slots.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use redis::aio::PubSub;
+use redis::{ScriptInvocation, Value};
+use tokio::sync::watch;
+
+use super::InvalidSettings;
+use super::cluster::{Cluster, Seeds};
+use super::connection::{Failure, Node, Server};
+
+/// Where Redis is, of whatever kind.
+#[derive(Clone)]
+pub(super) enum Target {
+    One(Server),
+    Cluster(Seeds),
+}
+
+impl Target {
+    /// Reads a URL: `redis-cluster://`, `rediss-cluster://` or several servers make a cluster.
+    pub(super) fn new(
+        url: &str,
+        ca_file: Option<&Path>,
+        timeout: Duration,
+    ) -> Result<Self, InvalidSettings> {
+        Ok(match Seeds::parse(url, ca_file, timeout)? {
+            Some(seeds) => Self::Cluster(seeds),
+            None => Self::One(Server::new(url, ca_file, timeout)?),
+        })
+    }
+
+    /// Where Redis is, without secrets.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Self::One(server) => server.describe(),
+            Self::Cluster(seeds) => seeds.describe(),
+        }
+    }
+
+    /// How long an answer may take.
+    pub(super) fn timeout(&self) -> Duration {
+        match self {
+            Self::One(server) => server.timeout(),
+            Self::Cluster(seeds) => seeds.timeout(),
+        }
+    }
+
+    /// Opens a connection that is told of what is published. Any node of a cluster is told of all.
+    pub(super) async fn subscriber(&self) -> Result<PubSub, String> {
+        match self {
+            Self::One(server) => server.subscriber().await,
+            Self::Cluster(seeds) => seeds.subscriber().await,
+        }
+    }
+}
+
+/// The users' end. When it is dropped, the connections are closed.
+pub(super) enum Connection {
+    One(Node),
+    Cluster(Cluster),
+}
+
+impl Connection {
+    /// Starts to connect, and to keep connected; does not wait for it. Must be called within a
+    /// Tokio runtime.
+    pub(super) fn start(target: Target) -> Self {
+        match target {
+            Target::One(server) => Self::One(Node::start(server)),
+            Target::Cluster(seeds) => Self::Cluster(Cluster::start(seeds)),
+        }
+    }
+
+    /// Whether one command can have keys of one slot only.
+    pub(super) fn is_cluster(&self) -> bool {
+        matches!(self, Self::Cluster(_))
+    }
+
+    pub(super) fn reachable(&self) -> watch::Receiver<bool> {
+        match self {
+            Self::One(node) => node.reachable(),
+            Self::Cluster(cluster) => cluster.reachable(),
+        }
+    }
+
+    /// Waits for a connection, up to a limit.
+    pub(super) async fn ready(&self, limit: Duration) -> Result<(), String> {
+        match self {
+            Self::One(node) => node.ready(limit).await,
+            Self::Cluster(cluster) => cluster.ready(limit).await,
+        }
+    }
+
+    /// Runs a script that may be run twice: if its answer does not come, it is run once more.
+    pub(super) async fn run_repeatable(
+        &self,
+        script: &ScriptInvocation<'_>,
+    ) -> Result<Value, Failure> {
+        match self {
+            Self::One(node) => node.run_repeatable(script).await,
+            Self::Cluster(cluster) => match cluster.run(script).await {
+                Err(Failure::NoAnswer(reason)) => {
+                    let second = cluster.run(script).await;
+                    // Whatever the second attempt fails from, the first may have arrived.
+                    second.map_err(|_| Failure::NoAnswer(reason))
+                }
+                first => first,
+            },
+        }
+    }
+
+    /// Runs a script once.
+    pub(super) async fn run(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+        match self {
+            Self::One(node) => node.run(script).await,
+            Self::Cluster(cluster) => cluster.run(script).await,
+        }
+    }
+
+    /// Runs plain commands that may be run twice. Says also which run of Redis answered.
+    pub(super) async fn query(
+        &self,
+        commands: &redis::Pipeline,
+    ) -> Result<(Vec<Value>, Arc<str>), Failure> {
+        match self {
+            Self::One(node) => node.query(commands).await,
+            Self::Cluster(cluster) => cluster.query(commands).await,
+        }
+    }
+
+    /// Runs a script once for each of these keys and arguments. It may be run twice.
+    pub(super) async fn run_for_each(
+        &self,
+        script: &redis::Script,
+        calls: &[(Vec<&str>, [&str; 2])],
+    ) -> Result<Vec<Value>, Failure> {
+        match self {
+            Self::One(node) => node.run_for_each(script, calls).await,
+            Self::Cluster(cluster) => cluster.run_for_each(script, calls).await,
+        }
+    }
+}
