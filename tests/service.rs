@@ -157,6 +157,7 @@ async fn a_repeated_request_gets_the_first_answer_and_stores_nothing() {
     let mut client = server.client().await;
     let mut request = append("s", vec![user("one"), user("two")]);
     request.request_id = "r1".to_owned();
+    request.messages[1].id = "own".to_owned();
     let first = client.append(request.clone()).await.unwrap().into_inner();
     client
         .append(append("s", vec![user("three")]))
