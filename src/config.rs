@@ -505,6 +505,17 @@ pub struct RedisArgs {
     #[arg(help_heading = "Store")]
     redis_timeout_ms: Given<u64>,
 
+    /// Acknowledge a write once so many replicas have it (0 to 10). If fewer have it in a quarter of
+    /// the timeout, the outcome is unknown: the master has it, and a failover may lose it
+    #[arg(
+        long,
+        env = "CHAT_MEMORY_REDIS_WAIT_REPLICAS",
+        value_name = "N",
+        default_value = "0"
+    )]
+    #[arg(help_heading = "Store")]
+    redis_wait_replicas: Given<u32>,
+
     /// What comes before the session id in a key. The default is LangChain's
     #[arg(long, env = "CHAT_MEMORY_KEY_PREFIX", value_name = "TEXT")]
     #[arg(default_value = "message_store:", help_heading = "Store")]
@@ -544,6 +555,8 @@ impl RedisArgs {
     /// The settings, if a Redis is named.
     fn check_into(&self, problems: &mut Problems) -> Option<redis::Settings> {
         let timeout_ms = problems.take("--redis-timeout-ms", &self.redis_timeout_ms, 100..=60_000);
+        let wait_replicas =
+            problems.take("--redis-wait-replicas", &self.redis_wait_replicas, 0..=10);
         if let Err(violation) = check_name("--key-prefix", &self.key_prefix, NAME_BYTES_MAX) {
             problems.add(violation.to_string());
         } else if self.key_prefix.contains(['{', '}']) {
@@ -558,6 +571,7 @@ impl RedisArgs {
         let settings = redis::Settings {
             key_prefix: self.key_prefix.clone(),
             timeout_ms,
+            wait_replicas,
             ca_file: self.redis_ca_file.clone(),
             ..redis::Settings::new(url.clone())
         };

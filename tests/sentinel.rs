@@ -6,8 +6,8 @@ mod harness;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chat_memory::store::Store as _;
 use chat_memory::store::redis::{Redis, Settings};
+use chat_memory::store::{Error, Store as _};
 
 use harness::failover::Load;
 use harness::sentinel::Watched;
@@ -16,6 +16,17 @@ use harness::wait::LIMIT;
 
 async fn connect(url: &str) -> Arc<Redis> {
     let store = Redis::connect(Settings::new(url)).unwrap();
+    store.ready(LIMIT).await.unwrap();
+    Arc::new(store)
+}
+
+/// One whose acknowledgements mean that the replica has it.
+async fn connect_waiting(url: &str) -> Arc<Redis> {
+    let settings = Settings {
+        wait_replicas: 1,
+        ..Settings::new(url)
+    };
+    let store = Redis::connect(settings).unwrap();
     store.ready(LIMIT).await.unwrap();
     Arc::new(store)
 }
@@ -39,10 +50,10 @@ async fn a_sentinel_that_is_not_there_is_passed_over_and_a_name_that_nobody_know
 }
 
 #[tokio::test]
-async fn nothing_is_stored_twice_and_service_goes_on_over_five_failovers_under_load() {
+async fn what_was_acknowledged_is_there_exactly_once_after_five_failovers_under_load() {
     let mut watched = Watched::start().await;
     let url = watched.url();
-    let stores = [connect(&url).await, connect(&url).await];
+    let stores = [connect_waiting(&url).await, connect_waiting(&url).await];
     let sessions: Vec<String> = (0..4).map(|number| format!("client-{number}")).collect();
     let load = Load::start(&stores, &sessions);
     for failover in 1..=5 {
@@ -50,13 +61,36 @@ async fn nothing_is_stored_twice_and_service_goes_on_over_five_failovers_under_l
         let lost = std::time::Instant::now();
         watched.lose_master().await;
         let promoted = lost.elapsed();
+        // Nothing is acknowledged before there is a replica again.
+        watched.restore().await;
         load.progress(1).await;
         println!(
             "failover {failover}: promoted after {promoted:.1?}, served after {:.1?}",
             lost.elapsed()
         );
-        watched.restore().await;
     }
     load.progress(100).await;
-    load.check(&stores[0]).await;
+    let (_, missing) = load.check(&stores[0]).await;
+    assert_eq!(missing, 0);
+}
+
+#[tokio::test]
+async fn a_write_that_no_replica_has_is_not_acknowledged_until_one_has_it() {
+    let mut watched = Watched::start().await;
+    let store = connect_waiting(&watched.url()).await;
+    let id = session("a");
+    store.append(&id, batch(["1"])).await.unwrap();
+
+    watched.lose_replica().await;
+    let append = batch(["2"]);
+    let error = store.append(&id, append.clone()).await.unwrap_err();
+    assert!(matches!(error, Error::OutcomeUnknown(_)), "{error}");
+    // The request is known by now, and still no replica has it.
+    let error = store.append(&id, append.clone()).await.unwrap_err();
+    assert!(matches!(error, Error::OutcomeUnknown(_)), "{error}");
+
+    watched.restore().await;
+    let again = store.append(&id, append).await.unwrap();
+    assert!(again.repeated);
+    assert_eq!(texts(&read_all(&*store, &id).await), ["1", "2"]);
 }

@@ -69,6 +69,12 @@ impl Watched {
         .await;
     }
 
+    /// Kills the replica.
+    pub async fn lose_replica(&mut self) {
+        let replica = 1 - self.master().await;
+        self.servers[replica].kill();
+    }
+
     /// Starts the server that was lost; returns when it is a replica that has everything.
     pub async fn restore(&mut self) {
         let master = self.master().await;

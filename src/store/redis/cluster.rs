@@ -24,6 +24,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::InvalidSettings;
 use super::connection::{CONNECTION_WAIT, Failure, Node, Server, explain};
 use super::url::{describe, parse_several};
+use super::writers::Writers;
 
 /// Where Redis listens if a URL does not say.
 const PORT: u16 = 6379;
@@ -229,17 +230,23 @@ struct Shared {
     /// Why there is no map, or none newer.
     trouble: Mutex<String>,
     nodes: Mutex<HashMap<Place, Arc<Node>>>,
+    /// Connections for writes that are acknowledged once replicas have them.
+    writers: Mutex<HashMap<Place, Arc<Writers>>>,
+    /// How many replicas; 0: none need to.
+    replicas: u32,
     /// Somebody has seen that the map is old.
     stale: Notify,
 }
 
 impl Cluster {
-    pub(super) fn start(seeds: Seeds) -> Self {
+    pub(super) fn start(seeds: Seeds, replicas: u32) -> Self {
         let shared = Arc::new(Shared {
             seeds,
             map: watch::Sender::new(Map::default()),
             trouble: Mutex::new("not connected yet".to_owned()),
             nodes: Mutex::default(),
+            writers: Mutex::default(),
+            replicas,
             stale: Notify::new(),
         });
         let (sender, reachable) = watch::channel(false);
@@ -280,7 +287,21 @@ impl Cluster {
 
     /// Runs a script once. Takes at most [`CONNECTION_WAIT`] and twice the timeout.
     pub(super) async fn run(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+        self.run_in(self.call(), script).await
+    }
+
+    /// The same for one whose writes replicas must have.
+    pub(super) async fn write(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
         let mut call = self.call();
+        call.is_write = self.shared.replicas > 0;
+        self.run_in(call, script).await
+    }
+
+    async fn run_in(
+        &self,
+        mut call: Call<'_>,
+        script: &ScriptInvocation<'_>,
+    ) -> Result<Value, Failure> {
         for _ in 1..LOADS_MAX {
             match script.invoke_async::<Value>(&mut call).await {
                 Err(error) if call.failure.is_none() && is_no_script(&error) => {}
@@ -413,6 +434,7 @@ impl Cluster {
             shared: &self.shared,
             deadline: Instant::now() + CONNECTION_WAIT + self.shared.seeds.timeout(),
             failure: None,
+            is_write: false,
         }
     }
 }
@@ -436,6 +458,18 @@ impl Shared {
         let node = Arc::new(Node::start(server));
         nodes.insert(place.clone(), Arc::clone(&node));
         Ok(node)
+    }
+
+    /// The connections to a node for writes.
+    fn writers(&self, place: &Place) -> Result<Arc<Writers>, String> {
+        let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(writers) = writers.get(place) {
+            return Ok(Arc::clone(writers));
+        }
+        let server = self.seeds.like.node(&place.0, place.1)?;
+        let new = Arc::new(Writers::start(&server, self.replicas));
+        writers.insert(place.clone(), Arc::clone(&new));
+        Ok(new)
     }
 
     async fn refresh_for_ever(&self) {
@@ -503,8 +537,14 @@ impl Shared {
         let masters = map.masters();
         self.nodes()
             .retain(|place, _| masters.iter().any(|(_, known)| *known == place));
+        let mut writers = self.writers.lock().unwrap_or_else(PoisonError::into_inner);
+        writers.retain(|place, _| masters.iter().any(|(_, known)| *known == place));
+        drop(writers);
         for (_, place) in masters {
             let _ = self.node(place);
+            if self.replicas > 0 {
+                let _ = self.writers(place);
+            }
         }
         self.trouble().clear();
         self.map.send_replace(map);
@@ -535,6 +575,8 @@ struct Call<'a> {
     deadline: Instant,
     /// Why it has no answer, which the library's errors cannot tell.
     failure: Option<Failure>,
+    /// Replicas must have what it writes.
+    is_write: bool,
 }
 
 /// What a refusal means.
@@ -608,9 +650,16 @@ impl Call<'_> {
                     .map(|index| (commands[*index], asked.contains_key(index)))
                     .collect();
                 async move {
-                    let answer = match self.shared.node(&place) {
-                        Ok(node) => node.send(&group, NODE_WAIT).await,
-                        Err(reason) => Err(Failure::NotSent(reason)),
+                    let answer = if self.is_write {
+                        match self.shared.writers(&place) {
+                            Ok(writers) => writers.send(&group, NODE_WAIT).await,
+                            Err(reason) => Err(Failure::NotSent(reason)),
+                        }
+                    } else {
+                        match self.shared.node(&place) {
+                            Ok(node) => node.send(&group, NODE_WAIT).await,
+                            Err(reason) => Err(Failure::NotSent(reason)),
+                        }
                     };
                     (indexes, answer)
                 }
@@ -754,34 +803,39 @@ fn bytes_of(argument: redis::Arg<&[u8]>) -> &[u8] {
     }
 }
 
-fn name(command: &Cmd) -> &[u8] {
+pub(super) fn name(command: &Cmd) -> &[u8] {
     command.args_iter().next().map(bytes_of).unwrap_or_default()
 }
 
 /// The slot of a command's first key. All its keys have the same.
 fn slot_of(command: &Cmd) -> u16 {
+    slot(key_of(command))
+}
+
+/// A command's first key.
+pub(super) fn key_of(command: &Cmd) -> &[u8] {
     let place = match name(command) {
         b"EVALSHA" => 3,
         b"MEMORY" => 2,
         _ => 1,
     };
-    slot(
-        command
-            .args_iter()
-            .nth(place)
-            .map(bytes_of)
-            .unwrap_or_default(),
-    )
+    let key = command.args_iter().nth(place).map(bytes_of);
+    key.unwrap_or_default()
 }
 
-/// The slot of a key: of what is in its first braces, if anything is.
-pub(super) fn slot(key: &[u8]) -> u16 {
+/// The slot of a key.
+fn slot(key: &[u8]) -> u16 {
+    crc16::State::<crc16::XMODEM>::calculate(tag_of(key)) % SLOTS
+}
+
+/// What decides on the slot of a key: what is in its first braces, if anything is.
+pub(super) fn tag_of(key: &[u8]) -> &[u8] {
     let tag = || {
         let begin = key.iter().position(|byte| *byte == b'{')? + 1;
         let length = key[begin..].iter().position(|byte| *byte == b'}')?;
         (length > 0).then(|| &key[begin..begin + length])
     };
-    crc16::State::<crc16::XMODEM>::calculate(tag().unwrap_or(key)) % SLOTS
+    tag().unwrap_or(key)
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::InvalidSettings;
+use super::cluster::{key_of, tag_of};
 use super::sentinel::Sentinels;
 
 /// How long a call waits for a connection when there is none.
@@ -371,7 +372,7 @@ pub(super) fn explain(error: &RedisError) -> String {
 }
 
 /// Whether a replica refused a write.
-fn is_read_only(error: &RedisError) -> bool {
+pub(super) fn is_read_only(error: &RedisError) -> bool {
     // Redis 6 wraps the errors of commands in scripts into one of its own, hence not the code.
     explain(error).contains("READONLY ")
 }
@@ -504,6 +505,16 @@ impl Node {
         commands: &[(&redis::Cmd, bool)],
         limit: Duration,
     ) -> Result<(Vec<Value>, Arc<str>), Failure> {
+        self.send_until(commands, limit, None).await
+    }
+
+    /// Sends commands; where it says so, there is no answer before replicas have what was written.
+    pub(super) async fn send_until(
+        &self,
+        commands: &[(&redis::Cmd, bool)],
+        limit: Duration,
+        copied: Option<&Copied>,
+    ) -> Result<(Vec<Value>, Arc<str>), Failure> {
         let live = self.live(limit).await.map_err(Failure::NotSent)?;
         let mut connection = live.connection.clone();
         let mut pipeline = redis::pipe();
@@ -513,6 +524,9 @@ impl Node {
                 pipeline.cmd("ASKING");
             }
             pipeline.add_command((*command).clone());
+            if let Some(copied) = copied {
+                copied.add_to(&mut pipeline, command, *asks);
+            }
         }
         let answer = pipeline.query_async::<Vec<Value>>(&mut connection);
         let mut values = self.settle(&live, answer).await?.into_iter();
@@ -521,7 +535,21 @@ impl Node {
             if *asks {
                 values.next();
             }
-            answers.push(values.next().unwrap_or_default());
+            let answer = values.next().unwrap_or_default();
+            if let Value::ServerError(error) = &answer
+                && is_read_only(&error.clone().into())
+            {
+                live.broken.cancel();
+            }
+            if let Some(copied) = copied {
+                let is_refused = matches!(answer, Value::ServerError(_));
+                let result = copied.check(&mut values, *asks);
+                // What was refused was not written: nothing had to be copied.
+                if !is_refused {
+                    result.map_err(Failure::NoAnswer)?;
+                }
+            }
+            answers.push(answer);
         }
         Ok((answers, live.run_id))
     }
@@ -586,6 +614,46 @@ impl Node {
             State::Connected(live) if !live.broken.is_cancelled() => Ok(live.clone()),
             State::Connected(_) => Err("the connection was lost".to_owned()),
             State::Disconnected(reason) => Err(reason.clone()),
+        }
+    }
+}
+
+/// How many replicas must have what was written, and how long they get.
+#[derive(Clone)]
+pub(super) struct Copied {
+    pub(super) replicas: u32,
+    pub(super) limit: Duration,
+}
+
+impl Copied {
+    /// WAIT is about what its connection has written. A script that finds its request done writes
+    /// nothing, though what it wrote the first time, over another connection, may not be copied yet:
+    /// a write of no meaning comes between, which the replicas get after all that was before it.
+    fn add_to(&self, pipeline: &mut redis::Pipeline, command: &redis::Cmd, asks: bool) {
+        let mark = [b"{", tag_of(key_of(command)), b"}:wait"].concat();
+        if asks {
+            pipeline.cmd("ASKING");
+        }
+        pipeline.cmd("SET").arg(mark).arg("").arg("PX").arg(1);
+        let limit_ms = u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX);
+        pipeline.cmd("WAIT").arg(self.replicas).arg(limit_ms.max(1));
+    }
+
+    /// Reads the answers to these.
+    fn check(&self, values: &mut impl Iterator<Item = Value>, asks: bool) -> Result<(), String> {
+        if asks {
+            values.next();
+        }
+        let (mark, count) = (values.next(), values.next());
+        match (mark, count) {
+            (Some(Value::Okay), Some(Value::Int(count))) if count >= i64::from(self.replicas) => {
+                Ok(())
+            }
+            (Some(Value::Okay), Some(Value::Int(count))) => Err(format!(
+                "stored at the master, but {count} of {} replicas have it",
+                self.replicas
+            )),
+            _ => Err("stored at the master; whether replicas have it is not known".to_owned()),
         }
     }
 }

@@ -41,7 +41,7 @@ impl Inspector {
         let target = settings.target()?;
         Ok(Self {
             description: target.describe(),
-            connection: Connection::start(target),
+            connection: Connection::start(target, 0),
             pattern: pattern(&settings.key_prefix),
             run_id: OnceLock::new(),
         })

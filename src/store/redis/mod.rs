@@ -10,6 +10,7 @@
 //! - [`connection`]: how Redis is reached, and what happens when it is not
 //! - [`router`]: which connection a command takes; [`cluster`]: the nodes of a cluster, and their slots
 //! - [`sentinel`]: where the master is that Sentinels watch over; [`url`]: URLs of several servers
+//! - [`writers`]: connections for writes that replicas must have
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
 use std::path::PathBuf;
@@ -45,6 +46,7 @@ mod sessions;
 mod turns;
 mod url;
 mod watcher;
+mod writers;
 
 /// LangChain's prefix of keys.
 pub const KEY_PREFIX_DEFAULT: &str = "message_store:";
@@ -70,6 +72,9 @@ pub struct Settings {
     pub timeout_ms: u64,
     /// Certificates (PEM) to trust besides the system's, for `rediss://`.
     pub ca_file: Option<PathBuf>,
+    /// Replicas that must have a write before it is acknowledged. With too few in time, its outcome
+    /// is unknown: the master has it, and a failover may lose it.
+    pub wait_replicas: u32,
     /// What the store does by itself with sessions.
     pub upkeep: Upkeep,
 }
@@ -82,6 +87,7 @@ impl Settings {
             key_prefix: KEY_PREFIX_DEFAULT.to_owned(),
             timeout_ms: TIMEOUT_MS_DEFAULT,
             ca_file: None,
+            wait_replicas: 0,
             upkeep: Upkeep::default(),
         }
     }
@@ -140,7 +146,7 @@ impl Redis {
     pub fn connect(settings: Settings) -> std::result::Result<Self, InvalidSettings> {
         let target = settings.target()?;
         let description = target.describe();
-        let connection = Arc::new(Connection::start(target.clone()));
+        let connection = Arc::new(Connection::start(target.clone(), settings.wait_replicas));
         let scripts = Arc::new(Scripts::new(settings.upkeep));
         let prefix = settings.key_prefix;
         Ok(Self {
@@ -253,7 +259,7 @@ impl Store for Redis {
         for element in &append.elements {
             script.arg(element.as_ref());
         }
-        let answer = self.connection.run_repeatable(&script).await;
+        let answer = self.connection.write_repeatable(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
         match reply.word.as_str() {
             "stored" => {
@@ -278,7 +284,7 @@ impl Store for Redis {
     async fn clear(&self, session: &SessionId) -> Result<i64> {
         let script = self.invocation(&self.scripts.clear, session);
         // Not repeated: a second clear would count nothing.
-        let answer = self.connection.run(&script).await;
+        let answer = self.connection.write(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
         match reply.word.as_str() {
             "cleared" => {
@@ -346,7 +352,7 @@ impl Store for Redis {
     async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool> {
         let mut script = self.invocation(&self.scripts.expire, session);
         script.arg(at_ms);
-        let answer = self.connection.run_repeatable(&script).await;
+        let answer = self.connection.write_repeatable(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
         match reply.word.as_str() {
             "expires" => Ok(reply.number()? == 1),

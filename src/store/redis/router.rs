@@ -11,7 +11,8 @@ use tokio::sync::watch;
 
 use super::InvalidSettings;
 use super::cluster::{Cluster, Seeds};
-use super::connection::{Failure, Node, Server};
+use super::connection::{Failure, Node, Server, is_read_only};
+use super::writers::Writers;
 
 /// Where Redis is, of whatever kind.
 #[derive(Clone)]
@@ -60,17 +61,24 @@ impl Target {
 
 /// The users' end. When it is dropped, the connections are closed.
 pub(super) enum Connection {
-    One(Node),
+    One {
+        node: Node,
+        /// If replicas must have what is written.
+        writers: Option<Writers>,
+    },
     Cluster(Cluster),
 }
 
 impl Connection {
     /// Starts to connect, and to keep connected; does not wait for it. Must be called within a
     /// Tokio runtime.
-    pub(super) fn start(target: Target) -> Self {
+    pub(super) fn start(target: Target, replicas: u32) -> Self {
         match target {
-            Target::One(server) => Self::One(Node::start(server)),
-            Target::Cluster(seeds) => Self::Cluster(Cluster::start(seeds)),
+            Target::One(server) => Self::One {
+                writers: (replicas > 0).then(|| Writers::start(&server, replicas)),
+                node: Node::start(server),
+            },
+            Target::Cluster(seeds) => Self::Cluster(Cluster::start(seeds, replicas)),
         }
     }
 
@@ -81,7 +89,7 @@ impl Connection {
 
     pub(super) fn reachable(&self) -> watch::Receiver<bool> {
         match self {
-            Self::One(node) => node.reachable(),
+            Self::One { node, .. } => node.reachable(),
             Self::Cluster(cluster) => cluster.reachable(),
         }
     }
@@ -89,7 +97,7 @@ impl Connection {
     /// Waits for a connection, up to a limit.
     pub(super) async fn ready(&self, limit: Duration) -> Result<(), String> {
         match self {
-            Self::One(node) => node.ready(limit).await,
+            Self::One { node, .. } => node.ready(limit).await,
             Self::Cluster(cluster) => cluster.ready(limit).await,
         }
     }
@@ -100,7 +108,7 @@ impl Connection {
         script: &ScriptInvocation<'_>,
     ) -> Result<Value, Failure> {
         match self {
-            Self::One(node) => node.run_repeatable(script).await,
+            Self::One { node, .. } => node.run_repeatable(script).await,
             Self::Cluster(cluster) => match cluster.run(script).await {
                 Err(Failure::NoAnswer(reason)) => {
                     let second = cluster.run(script).await;
@@ -115,8 +123,38 @@ impl Connection {
     /// Runs a script once.
     pub(super) async fn run(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
         match self {
-            Self::One(node) => node.run(script).await,
+            Self::One { node, .. } => node.run(script).await,
             Self::Cluster(cluster) => cluster.run(script).await,
+        }
+    }
+
+    /// Like [`run_repeatable`](Self::run_repeatable), for a script that writes: as many replicas as
+    /// are asked for have it then. If they have not, it counts as having no answer.
+    pub(super) async fn write_repeatable(
+        &self,
+        script: &ScriptInvocation<'_>,
+    ) -> Result<Value, Failure> {
+        if let Self::One { writers: None, .. } = self {
+            return self.run_repeatable(script).await;
+        }
+        match self.write(script).await {
+            Err(Failure::Refused(error)) if is_read_only(&error) => self.write(script).await,
+            Err(Failure::NoAnswer(reason)) => {
+                let second = self.write(script).await;
+                second.map_err(|_| Failure::NoAnswer(reason))
+            }
+            first => first,
+        }
+    }
+
+    /// Like [`run`](Self::run), for a script that writes.
+    pub(super) async fn write(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+        match self {
+            Self::One { node, writers } => match writers {
+                Some(writers) => writers.run(script).await,
+                None => node.run(script).await,
+            },
+            Self::Cluster(cluster) => cluster.write(script).await,
         }
     }
 
@@ -126,7 +164,7 @@ impl Connection {
         commands: &redis::Pipeline,
     ) -> Result<(Vec<Value>, Arc<str>), Failure> {
         match self {
-            Self::One(node) => node.query(commands).await,
+            Self::One { node, .. } => node.query(commands).await,
             Self::Cluster(cluster) => cluster.query(commands).await,
         }
     }
@@ -138,7 +176,7 @@ impl Connection {
         calls: &[(Vec<&str>, [&str; 2])],
     ) -> Result<Vec<Value>, Failure> {
         match self {
-            Self::One(node) => node.run_for_each(script, calls).await,
+            Self::One { node, .. } => node.run_for_each(script, calls).await,
             Self::Cluster(cluster) => cluster.run_for_each(script, calls).await,
         }
     }

@@ -354,7 +354,7 @@ impl Redis {
     }
 
     pub(super) async fn write(&self, script: &ScriptInvocation<'_>) -> Result<Reply> {
-        let answer = self.connection.run_repeatable(script).await;
+        let answer = self.connection.write_repeatable(script).await;
         Reply::of(answer.map_err(failure_of_write)?)
     }
 }
