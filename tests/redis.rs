@@ -722,6 +722,12 @@ async fn an_append_is_one_round_trip_and_so_is_a_read_which_fetches_what_it_retu
     assert_eq!(of_clients.len(), 1, "{of_clients:?}");
     assert!(of_clients[0].starts_with("\"EVALSHA\""), "{of_clients:?}");
     assert_eq!(elements_fetched(&of_scripts), 1, "the last one, to compare");
+    let facts: Vec<_> = of_scripts.iter().filter(|c| c.contains(FACTS)).collect();
+    let is_small = |c: &&String| c.contains("\"last\"") && !c.contains("epoch");
+    assert!(
+        matches!(facts[..], [_, set] if is_small(&set)),
+        "what has changed: {facts:?}"
+    );
 
     for (order, last, limit) in [
         (Order::NewestFirst, None, 20),
@@ -747,6 +753,28 @@ async fn an_append_is_one_round_trip_and_so_is_a_read_which_fetches_what_it_retu
         let writes = ["HSET", "PERSIST", "PEXPIRE", "UNLINK"];
         let is_write = |command: &&String| writes.iter().any(|write| command.contains(write));
         assert_eq!(of_scripts.iter().find(is_write), None);
+    }
+}
+
+#[tokio::test]
+async fn others_elements_that_differ_only_in_their_text_are_not_taken_for_those_that_went() {
+    let element = |text: &str| {
+        format!(
+            r#"{{"type": "human", "data": {{"content": "{text}", "additional_kwargs": {{}}, "response_metadata": {{}}, "type": "human", "name": null, "id": null, "example": false}}}}"#
+        )
+    };
+    let filler = "x".repeat(1_000);
+    for (one, other) in [
+        ("yes".to_owned(), "no!".to_owned()),
+        (format!("yes{filler}"), format!("no!{filler}")),
+        (format!("{filler}yes"), format!("{filler}no!")),
+    ] {
+        let (redis, store) = start().await;
+        append(&store, &[&element(&one)]).await;
+        let _: i64 = redis.command(&["DEL", LIST]).await;
+        let _: i64 = redis.command(&["LPUSH", LIST, &element(&other)]).await;
+        let page = read(&store).await;
+        assert_eq!((page.last_sequence, page.epoch), (2, Epoch(1)), "{one}");
     }
 }
 

@@ -44,7 +44,6 @@ end
 
 local first, count = push(session, FIRST_ELEMENT)
 record = ARGV[2] .. ARGV[3] .. struct.pack('>I8I4I8', first, count, session.now)
-redis.call('HSET', REQUESTS[day_of(session) % 2], ARGV[1], record)
-expire_requests(session)
+remember(session, ARGV[1], record)
 ring()
 return { 'stored', record }

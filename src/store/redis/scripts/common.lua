@@ -51,10 +51,13 @@ local function decimal(number)
   return string.format('%.0f', number)
 end
 
--- Looks at no more than 512 bytes, since elements can be large.
+-- Looks at 288 bytes at most, since this is what a write costs most: at those that differ from one
+-- element to the next. LangChain's begin alike, with 36 to 39 bytes up to the content, and end alike,
+-- with about 110 bytes after it, or with an id among them. No bytes of an element are kept: the facts
+-- may outlive the list.
 local function fingerprint(element)
-  local ends = string.sub(element, 1, 256) .. string.sub(element, -256)
-  return redis.sha1hex(decimal(#element) .. ':' .. ends)
+  local parts = #element .. ':' .. string.sub(element, 33, 160) .. string.sub(element, -160)
+  return string.sub(redis.sha1hex(parts), 1, 16)
 end
 
 -- What the script must return if this reply of redis.pcall is an error; nil if it is none.
@@ -106,6 +109,8 @@ local function reconcile()
     is_known = facts[2] and true or false,
     is_new = not facts[2] and length == 0,
     has_expired = false,
+    -- The facts as they are kept; none that equals these is written.
+    kept = {},
   }
   session.old_gaps = session.gaps
   -- What the sequence of the newest element is above its place.
@@ -129,6 +134,7 @@ local function reconcile()
     if not is_sound then
       return nil, { 'corrupt', SESSION }
     end
+    session.kept = { session.base, session.last, session.mark, session.epoch, had_expiry or '' }
   end
 
   -- Is the newest element that we know of still where it was? LangChain only adds at the head, so
@@ -137,7 +143,7 @@ local function reconcile()
   local is_intact = session.base + length >= newest
   if is_intact and newest > session.base then
     local index = session.base + length - newest
-    is_intact = fingerprint(redis.call('LINDEX', LIST, decimal(index))) == session.mark
+    is_intact = fingerprint(redis.call('LINDEX', LIST, index)) == session.mark
   end
   if not is_intact then
     -- All that is there now is new: it gets numbers that nobody has seen. Only a session that
@@ -176,7 +182,11 @@ local function reconcile()
     end
     local is_other = (had_expiry == nil) ~= (session.expires_at == nil)
       or had_expiry and math.abs(had_expiry - session.expires_at) > 1000
-    session.is_changed = session.is_changed or is_other
+    if is_other then
+      session.is_changed = true
+    else
+      session.expires_at = had_expiry
+    end
   end
   return session
 end
@@ -221,8 +231,8 @@ local function fold_gaps(session)
   session.gaps = kept
 end
 
--- Lets a key expire in `left` ms, if it exists: at once if there is nothing left. Writes only what makes a difference, since every
--- write goes to the replicas and the log.
+-- Lets a key expire in `left` ms, if it exists: at once if there is nothing left. Writes only what
+-- makes a difference, since every write goes to the replicas and the log.
 local function expire_in(key, left)
   local has = redis.call('PTTL', key)
   if has ~= -2 and (has == -1 or math.abs(has - left) > math.min(1000, left / 50)) then
@@ -284,15 +294,43 @@ local function shorten_turns(left)
   end
 end
 
--- Writes the facts, and the expiry of all companion keys. HSET is the only command here that Redis
--- refuses when it is out of memory, and it does so only if it is the script's first write.
+local function day_of(session)
+  return math.floor(session.now / REQUEST_MEMORY_MS)
+end
+
+-- Lets the records of a day expire at the end of the following day, when all of them are over 24
+-- hours old and before the day after that takes the key; or with the list, if that is earlier.
+local function expire_requests(session, day)
+  local ends_at = (day + 2) * REQUEST_MEMORY_MS
+  if session.expires_at then
+    ends_at = math.min(ends_at, session.expires_at)
+  end
+  expire_in(REQUESTS[day % 2], ends_at - session.now)
+end
+
+-- The facts that each session has, in the order of `session.kept`.
+local FACTS = { 'base', 'last', 'mark', 'epoch', 'expires_at' }
+
+-- Writes the facts that have changed, and the expiry of all companion keys that has. HSET is the only
+-- command here that Redis refuses when it is out of memory, and it does so only if it is the script's
+-- first write.
 local function save(session)
-  redis.call('HSET', SESSION,
-    'base', decimal(session.base),
-    'last', decimal(session.last),
-    'mark', session.mark,
-    'epoch', decimal(session.epoch),
-    'expires_at', session.expires_at and decimal(session.expires_at) or '')
+  local kept, changes = session.kept, {}
+  -- The facts of a session that has elements and no expiry have none either.
+  local is_lasting = kept[3] and kept[3] ~= '' and kept[5] == ''
+  for index = 1, #FACTS do
+    local value = session[FACTS[index]] or ''
+    if value ~= kept[index] then
+      changes[#changes + 1] = FACTS[index]
+      changes[#changes + 1] = value
+    end
+  end
+  local has_other_expiry = kept[5] ~= (session.expires_at or '')
+  session.kept = { session.base, session.last, session.mark, session.epoch,
+    session.expires_at or '' }
+  if #changes > 0 then
+    redis.call('HSET', SESSION, unpack(changes))
+  end
   if session.gaps == session.old_gaps then
     -- They may be long, and seldom change.
   elseif #session.gaps > 0 then
@@ -301,7 +339,9 @@ local function save(session)
     redis.call('HDEL', SESSION, 'gaps')
   end
   if session.length > 0 and not session.expires_at then
-    redis.call('PERSIST', SESSION)
+    if not is_lasting then
+      redis.call('PERSIST', SESSION)
+    end
   else
     -- The facts live as long as the list. Those of a session that was cleared live longer: for a
     -- turn that runs, which must find that it was cleared; and where they hold a base and there is no
@@ -330,22 +370,10 @@ local function save(session)
   if session.expires_at then
     shorten_turns(session.expires_at - session.now)
   end
-end
-
-local function day_of(session)
-  return math.floor(session.now / REQUEST_MEMORY_MS)
-end
-
--- Lets the records of a day expire at the end of the following day, when all of them are over 24
--- hours old and before the day after that takes the key; or with the list, if that is earlier.
-local function expire_requests(session)
-  local today = day_of(session)
-  for day = today - 1, today do
-    local ends_at = (day + 2) * REQUEST_MEMORY_MS
-    if session.expires_at then
-      ends_at = math.min(ends_at, session.expires_at)
-    end
-    expire_in(REQUESTS[day % 2], ends_at - session.now)
+  if has_other_expiry then
+    local today = day_of(session)
+    expire_requests(session, today - 1)
+    expire_requests(session, today)
   end
 end
 
@@ -360,7 +388,6 @@ local function take_note(session)
   local reply = redis.pcall('PERSIST', SESSION)
   if type(reply) ~= 'table' then
     save(session)
-    expire_requests(session)
   end
 end
 
@@ -377,7 +404,6 @@ local function live_on(session)
     redis.call('PERSIST', LIST)
     session.expires_at = nil
   end
-  expire_requests(session)
 end
 
 -- Tells those who watch the session that it has changed. A user who may not is left to those who
@@ -475,4 +501,11 @@ local function recall(session, request)
     end
   end
   return found
+end
+
+-- Keeps the record of a request.
+local function remember(session, request, record)
+  local today = day_of(session)
+  redis.call('HSET', REQUESTS[today % 2], request, record)
+  expire_requests(session, today)
 end

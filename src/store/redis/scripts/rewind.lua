@@ -87,8 +87,7 @@ if count > 0 or session.is_changed then
   live_on(session)
   save(session)
 end
-redis.call('HSET', REQUESTS[day_of(session) % 2], ARGV[1], record)
-expire_requests(session)
+remember(session, ARGV[1], record)
 
 -- The turns that have stored any of these: those that ended last, and failed ones between them,
 -- which stay.
