@@ -7,7 +7,7 @@
 --   1  K                LIST  the elements. Index 0 is the newest. LangChain's key: it may have
 --                             been changed or deleted by others since we last looked.
 --   2  {K}:session      HASH  the facts, below
---   3  {K}:requests:0   HASH  request id (16 bytes) -> record, of even days
+--   3  {K}:requests:0   HASH  request id (its first 8 bytes) -> record, of even days
 --   4  {K}:requests:1   HASH  the same, of odd days
 --   5  {K}:turns        HASH  turns: turns.lua says what is in it
 --
@@ -28,9 +28,11 @@
 --   ttl         how long the session lives after its last write, in ms; 0 for ever
 --   title, metadata, origin   what is said of the session; scripts do not look into it
 --
--- Record: fingerprint (16 bytes), the caller's time (8 bytes), first sequence (8), count (4), the
--- time of the write by Redis' clock (8); numbers are big-endian. 44 bytes, so that a hash of them
--- keeps its compact encoding (field and value of at most 64 bytes).
+-- Record: fingerprint (its first 8 bytes), the caller's time (6 bytes), first sequence (7), count
+-- (4), the time of the write by Redis' clock (6); numbers are big-endian. Small, since there is one
+-- for each write. 8 bytes tell a million requests of a day apart, but for one session in ten million,
+-- and there a request is refused as one that was used: a message would be lost only if both hashes
+-- were the same.
 --
 -- Redis' own clock (TIME) is the only one used here: it is the one that expires keys, and all
 -- replicas of the server share it.
@@ -484,16 +486,16 @@ end
 local function recall(session, request)
   local found, found_at = nil, nil
   for bucket = 0, 1 do
-    local record = redis.pcall('HGET', REQUESTS[bucket], request)
+    local record = redis.pcall('HGET', REQUESTS[bucket], string.sub(request, 1, 8))
     local refusal = refusal_of(record, REQUESTS[bucket])
     if refusal then
       return nil, refusal
     end
     if record and not session.is_cleared and not session.has_expired then
-      if #record ~= 44 then
+      if #record ~= 31 then
         return nil, { 'corrupt', REQUESTS[bucket] }
       end
-      local written_at = struct.unpack('>I8', record, 37)
+      local written_at = struct.unpack('>I6', record, 26)
       local is_valid = session.now - written_at < REQUEST_MEMORY_MS
       if is_valid and (not found or written_at > found_at) then
         found, found_at = record, written_at
@@ -503,9 +505,17 @@ local function recall(session, request)
   return found
 end
 
--- Keeps the record of a request.
-local function remember(session, request, record)
+-- Whether a record is that of a request with this fingerprint.
+local function is_same(record, fingerprint_asked)
+  return string.sub(record, 1, 8) == string.sub(fingerprint_asked, 1, 8)
+end
+
+-- Keeps the record of a request, and returns it.
+local function remember(session, request, fingerprint_asked, time, first, count)
+  local record = string.sub(fingerprint_asked, 1, 8) .. string.sub(time, 3, 8)
+    .. struct.pack('>I7I4I6', first, count, session.now)
   local today = day_of(session)
-  redis.call('HSET', REQUESTS[today % 2], request, record)
+  redis.call('HSET', REQUESTS[today % 2], string.sub(request, 1, 8), record)
   expire_requests(session, today)
+  return record
 end
