@@ -497,18 +497,12 @@ fn unexpected(value: &Value) -> Error {
 /// Reads a record as `scripts/common.lua` draws it.
 fn parse_record(record: &[u8], repeated: bool) -> Result<Appended> {
     let corrupt = || Error::Corrupt("the record of a request".to_owned());
-    let record: &[u8; 44] = record.try_into().map_err(|_| corrupt())?;
-    let number = |from: usize| {
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(&record[from..from + 8]);
-        i64::from_be_bytes(bytes)
-    };
-    let mut count = [0; 4];
-    count.copy_from_slice(&record[32..36]);
+    let record: &[u8; 31] = record.try_into().map_err(|_| corrupt())?;
+    let number = |bytes: &[u8]| bytes.iter().fold(0, |n, byte| n << 8 | i64::from(*byte));
     Ok(Appended {
-        first_sequence: number(24),
-        count: usize::try_from(u32::from_be_bytes(count)).map_err(|_| corrupt())?,
-        time_ms: number(16),
+        first_sequence: number(&record[14..21]),
+        count: usize::try_from(number(&record[21..25])).map_err(|_| corrupt())?,
+        time_ms: number(&record[8..14]),
         repeated,
     })
 }

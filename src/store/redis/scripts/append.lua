@@ -30,7 +30,7 @@ if refusal then
   return refusal
 end
 if record then
-  if string.sub(record, 1, 16) ~= ARGV[2] then
+  if not is_same(record, ARGV[2]) then
     return { 'reused' }
   end
   return { 'repeated', record }
@@ -43,8 +43,6 @@ if ARGV[4] ~= '' and tonumber(ARGV[4]) ~= session.last then
 end
 
 local first, count = push(session, FIRST_ELEMENT)
-record = ARGV[2] .. ARGV[3] .. struct.pack('>I8I4I8', first, count, session.now)
-redis.call('HSET', REQUESTS[day_of(session) % 2], ARGV[1], record)
-expire_requests(session)
+record = remember(session, ARGV[1], ARGV[2], ARGV[3], first, count)
 ring()
 return { 'stored', record }

@@ -7,7 +7,7 @@
 --   1  K                LIST  the elements. Index 0 is the newest. LangChain's key: it may have
 --                             been changed or deleted by others since we last looked.
 --   2  {K}:session      HASH  the facts, below
---   3  {K}:requests:0   HASH  request id (16 bytes) -> record, of even days
+--   3  {K}:requests:0   HASH  request id (its first 8 bytes) -> record, of even days
 --   4  {K}:requests:1   HASH  the same, of odd days
 --   5  {K}:turns        HASH  turns: turns.lua says what is in it
 --
@@ -28,9 +28,11 @@
 --   ttl         how long the session lives after its last write, in ms; 0 for ever
 --   title, metadata, origin   what is said of the session; scripts do not look into it
 --
--- Record: fingerprint (16 bytes), the caller's time (8 bytes), first sequence (8), count (4), the
--- time of the write by Redis' clock (8); numbers are big-endian. 44 bytes, so that a hash of them
--- keeps its compact encoding (field and value of at most 64 bytes).
+-- Record: fingerprint (its first 8 bytes), the caller's time (6 bytes), first sequence (7), count
+-- (4), the time of the write by Redis' clock (6); numbers are big-endian. Small, since there is one
+-- for each write. 8 bytes tell a million requests of a day apart, but for one session in ten million,
+-- and there a request is refused as one that was used: a message would be lost only if both hashes
+-- were the same.
 --
 -- Redis' own clock (TIME) is the only one used here: it is the one that expires keys, and all
 -- replicas of the server share it.
@@ -51,10 +53,13 @@ local function decimal(number)
   return string.format('%.0f', number)
 end
 
--- Looks at no more than 512 bytes, since elements can be large.
+-- Looks at 288 bytes at most, since this is what a write costs most: at those that differ from one
+-- element to the next. LangChain's begin alike, with 36 to 39 bytes up to the content, and end alike,
+-- with about 110 bytes after it, or with an id among them. No bytes of an element are kept: the facts
+-- may outlive the list.
 local function fingerprint(element)
-  local ends = string.sub(element, 1, 256) .. string.sub(element, -256)
-  return redis.sha1hex(decimal(#element) .. ':' .. ends)
+  local parts = #element .. ':' .. string.sub(element, 33, 160) .. string.sub(element, -160)
+  return string.sub(redis.sha1hex(parts), 1, 16)
 end
 
 -- What the script must return if this reply of redis.pcall is an error; nil if it is none.
@@ -106,6 +111,8 @@ local function reconcile()
     is_known = facts[2] and true or false,
     is_new = not facts[2] and length == 0,
     has_expired = false,
+    -- The facts as they are kept; none that equals these is written.
+    kept = {},
   }
   session.old_gaps = session.gaps
   -- What the sequence of the newest element is above its place.
@@ -129,6 +136,7 @@ local function reconcile()
     if not is_sound then
       return nil, { 'corrupt', SESSION }
     end
+    session.kept = { session.base, session.last, session.mark, session.epoch, had_expiry or '' }
   end
 
   -- Is the newest element that we know of still where it was? LangChain only adds at the head, so
@@ -137,7 +145,7 @@ local function reconcile()
   local is_intact = session.base + length >= newest
   if is_intact and newest > session.base then
     local index = session.base + length - newest
-    is_intact = fingerprint(redis.call('LINDEX', LIST, decimal(index))) == session.mark
+    is_intact = fingerprint(redis.call('LINDEX', LIST, index)) == session.mark
   end
   if not is_intact then
     -- All that is there now is new: it gets numbers that nobody has seen. Only a session that
@@ -176,7 +184,11 @@ local function reconcile()
     end
     local is_other = (had_expiry == nil) ~= (session.expires_at == nil)
       or had_expiry and math.abs(had_expiry - session.expires_at) > 1000
-    session.is_changed = session.is_changed or is_other
+    if is_other then
+      session.is_changed = true
+    else
+      session.expires_at = had_expiry
+    end
   end
   return session
 end
@@ -221,8 +233,8 @@ local function fold_gaps(session)
   session.gaps = kept
 end
 
--- Lets a key expire in `left` ms, if it exists: at once if there is nothing left. Writes only what makes a difference, since every
--- write goes to the replicas and the log.
+-- Lets a key expire in `left` ms, if it exists: at once if there is nothing left. Writes only what
+-- makes a difference, since every write goes to the replicas and the log.
 local function expire_in(key, left)
   local has = redis.call('PTTL', key)
   if has ~= -2 and (has == -1 or math.abs(has - left) > math.min(1000, left / 50)) then
@@ -284,15 +296,43 @@ local function shorten_turns(left)
   end
 end
 
--- Writes the facts, and the expiry of all companion keys. HSET is the only command here that Redis
--- refuses when it is out of memory, and it does so only if it is the script's first write.
+local function day_of(session)
+  return math.floor(session.now / REQUEST_MEMORY_MS)
+end
+
+-- Lets the records of a day expire at the end of the following day, when all of them are over 24
+-- hours old and before the day after that takes the key; or with the list, if that is earlier.
+local function expire_requests(session, day)
+  local ends_at = (day + 2) * REQUEST_MEMORY_MS
+  if session.expires_at then
+    ends_at = math.min(ends_at, session.expires_at)
+  end
+  expire_in(REQUESTS[day % 2], ends_at - session.now)
+end
+
+-- The facts that each session has, in the order of `session.kept`.
+local FACTS = { 'base', 'last', 'mark', 'epoch', 'expires_at' }
+
+-- Writes the facts that have changed, and the expiry of all companion keys that has. HSET is the only
+-- command here that Redis refuses when it is out of memory, and it does so only if it is the script's
+-- first write.
 local function save(session)
-  redis.call('HSET', SESSION,
-    'base', decimal(session.base),
-    'last', decimal(session.last),
-    'mark', session.mark,
-    'epoch', decimal(session.epoch),
-    'expires_at', session.expires_at and decimal(session.expires_at) or '')
+  local kept, changes = session.kept, {}
+  -- The facts of a session that has elements and no expiry have none either.
+  local is_lasting = kept[3] and kept[3] ~= '' and kept[5] == ''
+  for index = 1, #FACTS do
+    local value = session[FACTS[index]] or ''
+    if value ~= kept[index] then
+      changes[#changes + 1] = FACTS[index]
+      changes[#changes + 1] = value
+    end
+  end
+  local has_other_expiry = kept[5] ~= (session.expires_at or '')
+  session.kept = { session.base, session.last, session.mark, session.epoch,
+    session.expires_at or '' }
+  if #changes > 0 then
+    redis.call('HSET', SESSION, unpack(changes))
+  end
   if session.gaps == session.old_gaps then
     -- They may be long, and seldom change.
   elseif #session.gaps > 0 then
@@ -301,7 +341,9 @@ local function save(session)
     redis.call('HDEL', SESSION, 'gaps')
   end
   if session.length > 0 and not session.expires_at then
-    redis.call('PERSIST', SESSION)
+    if not is_lasting then
+      redis.call('PERSIST', SESSION)
+    end
   else
     -- The facts live as long as the list. Those of a session that was cleared live longer: for a
     -- turn that runs, which must find that it was cleared; and where they hold a base and there is no
@@ -330,22 +372,10 @@ local function save(session)
   if session.expires_at then
     shorten_turns(session.expires_at - session.now)
   end
-end
-
-local function day_of(session)
-  return math.floor(session.now / REQUEST_MEMORY_MS)
-end
-
--- Lets the records of a day expire at the end of the following day, when all of them are over 24
--- hours old and before the day after that takes the key; or with the list, if that is earlier.
-local function expire_requests(session)
-  local today = day_of(session)
-  for day = today - 1, today do
-    local ends_at = (day + 2) * REQUEST_MEMORY_MS
-    if session.expires_at then
-      ends_at = math.min(ends_at, session.expires_at)
-    end
-    expire_in(REQUESTS[day % 2], ends_at - session.now)
+  if has_other_expiry then
+    local today = day_of(session)
+    expire_requests(session, today - 1)
+    expire_requests(session, today)
   end
 end
 
@@ -360,7 +390,6 @@ local function take_note(session)
   local reply = redis.pcall('PERSIST', SESSION)
   if type(reply) ~= 'table' then
     save(session)
-    expire_requests(session)
   end
 end
 
@@ -377,7 +406,6 @@ local function live_on(session)
     redis.call('PERSIST', LIST)
     session.expires_at = nil
   end
-  expire_requests(session)
 end
 
 -- Tells those who watch the session that it has changed. A user who may not is left to those who
@@ -458,16 +486,16 @@ end
 local function recall(session, request)
   local found, found_at = nil, nil
   for bucket = 0, 1 do
-    local record = redis.pcall('HGET', REQUESTS[bucket], request)
+    local record = redis.pcall('HGET', REQUESTS[bucket], string.sub(request, 1, 8))
     local refusal = refusal_of(record, REQUESTS[bucket])
     if refusal then
       return nil, refusal
     end
     if record and not session.is_cleared and not session.has_expired then
-      if #record ~= 44 then
+      if #record ~= 31 then
         return nil, { 'corrupt', REQUESTS[bucket] }
       end
-      local written_at = struct.unpack('>I8', record, 37)
+      local written_at = struct.unpack('>I6', record, 26)
       local is_valid = session.now - written_at < REQUEST_MEMORY_MS
       if is_valid and (not found or written_at > found_at) then
         found, found_at = record, written_at
@@ -475,4 +503,19 @@ local function recall(session, request)
     end
   end
   return found
+end
+
+-- Whether a record is that of a request with this fingerprint.
+local function is_same(record, fingerprint_asked)
+  return string.sub(record, 1, 8) == string.sub(fingerprint_asked, 1, 8)
+end
+
+-- Keeps the record of a request, and returns it.
+local function remember(session, request, fingerprint_asked, time, first, count)
+  local record = string.sub(fingerprint_asked, 1, 8) .. string.sub(time, 3, 8)
+    .. struct.pack('>I7I4I6', first, count, session.now)
+  local today = day_of(session)
+  redis.call('HSET', REQUESTS[today % 2], string.sub(request, 1, 8), record)
+  expire_requests(session, today)
+  return record
 end

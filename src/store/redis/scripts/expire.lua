@@ -20,6 +20,5 @@ end
 redis.call('PEXPIREAT', LIST, ARGV[1])
 session.expires_at = at
 save(session)
-expire_requests(session)
 ring()
 return { 'expires', 1 }

@@ -56,6 +56,5 @@ for index, name in ipairs({ 'title', 'metadata', 'origin' }) do
   end
 end
 redis.call('HDEL', SESSION, 'ttl')
-expire_requests(session)
 ring()
 return seen(session, turn, 0)

@@ -27,10 +27,10 @@ if refusal then
   return refusal
 end
 if record then
-  if string.sub(record, 1, 16) ~= ARGV[2] then
+  if not is_same(record, ARGV[2]) then
     return { 'reused' }
   end
-  return { 'rewound', (struct.unpack('>I4', record, 33)) }
+  return { 'rewound', (struct.unpack('>I4', record, 22)) }
 end
 if ARGV[5] ~= '' and tonumber(ARGV[5]) ~= session.last then
   return { 'mismatch', session.last }
@@ -81,14 +81,12 @@ if count > 0 then
     session.expires_at = nil
   end
 end
-record = ARGV[2] .. ARGV[3] .. struct.pack('>I8I4I8', after, count, session.now)
 -- The facts first: with those of a session that others have cleared, its old records go.
 if count > 0 or session.is_changed then
   live_on(session)
   save(session)
 end
-redis.call('HSET', REQUESTS[day_of(session) % 2], ARGV[1], record)
-expire_requests(session)
+remember(session, ARGV[1], ARGV[2], ARGV[3], after, count)
 
 -- The turns that have stored any of these: those that ended last, and failed ones between them,
 -- which stay.

@@ -104,7 +104,6 @@ end
 -- What others have done to the list, so that what they do from now on is noticed.
 if session.is_changed then
   save(session)
-  expire_requests(session)
 end
 
 -- What is there of this turn, also if it is forgotten.

@@ -45,6 +45,5 @@ for index = 1, #ARGV, 2 do
 end
 live_on(session)
 save(session)
-expire_requests(session)
 ring()
 return seen(session, turn, 0)
