@@ -607,6 +607,54 @@ async fn every_message_comes_once_and_in_order_while_many_write() {
 }
 
 #[tokio::test]
+async fn under_clears_and_rewinds_all_that_stays_comes_once_and_nothing_comes_twice() {
+    for world in worlds().await {
+        let mut client = world.server.client().await;
+        let mut stream = watch(&mut client, "s", 0).await;
+        let mut writers = Vec::new();
+        for writer in 0..3 {
+            let mut client = world.server.client().await;
+            writers.push(tokio::spawn(async move {
+                for number in 0..60 {
+                    let text = format!("{writer}.{number}");
+                    client.append(append("s", vec![user(&text)])).await.unwrap();
+                    let last = look(&mut client, "s").await.map(|seen| seen.last_sequence);
+                    match (writer, number % 20) {
+                        (0, 19) => drop(client.clear(clear("s")).await.unwrap()),
+                        (1, 10) => {
+                            let to = last.unwrap_or(0) - 2;
+                            client.rewind(rewind("s", to.max(0))).await.unwrap();
+                        }
+                        _ => {}
+                    }
+                }
+            }));
+        }
+        for writer in writers {
+            writer.await.unwrap();
+        }
+        let end = client.append(append("s", vec![user("end")])).await.unwrap();
+        let end = end.into_inner().messages[0].sequence;
+
+        let mut given = std::collections::BTreeMap::new();
+        while !given.contains_key(&end) {
+            let event = told(&mut stream).await;
+            let (first, text) = event.split_once(' ').unwrap_or((&event, ""));
+            if let Ok(sequence) = first.parse::<i64>() {
+                let newest = given.last_key_value().map_or(0, |(sequence, _)| *sequence);
+                assert!(sequence > newest, "{sequence} after {newest}");
+                given.insert(sequence, text.to_owned());
+            }
+        }
+        let page = client.get_messages(get("s")).await.unwrap().into_inner();
+        assert!(page.next_page_token.is_empty() && !page.messages.is_empty());
+        for message in page.messages {
+            assert_eq!(given.get(&message.sequence), Some(&message.content));
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_watcher_survives_a_redis_that_restarts() {
     let mut server = harness::redis::Redis::start_with(harness::redis::Options {
         durable: true,
