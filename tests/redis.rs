@@ -2227,6 +2227,19 @@ async fn a_bell_rings_for_what_is_published_and_what_others_do_and_is_quiet_othe
 }
 
 #[tokio::test]
+async fn a_bell_rings_for_a_change_that_was_seen_and_taken_back_between_two_looks() {
+    let (redis, store) = start().await;
+    let mut bell = store.bell(&session());
+    eventually("it subscribes", async || subscribers(&redis).await == 1).await;
+    until_quiet(&mut bell).await;
+    // Seen by somebody, and gone again before the store looks once more.
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    assert_eq!(read(&store).await.elements.len(), 1);
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+    rings_until(&mut bell, async || read(&store).await.elements.is_empty()).await;
+}
+
+#[tokio::test]
 async fn ten_thousand_idle_bells_share_a_connection_and_few_commands() {
     const BELLS: usize = 10_000;
     let (redis, store) = start().await;

@@ -266,8 +266,8 @@ impl Peeker {
         let mut script = self.scripts.peek.prepare_invoke();
         for session in sessions {
             let keys = Keys::new(&self.prefix, session);
-            let [list, .., turns] = keys.in_order();
-            script.key(list).key(turns);
+            let [list, facts, .., turns] = keys.in_order();
+            script.key(list).key(facts).key(turns);
         }
         let Ok(Value::Array(looks)) = self.connection.run(&script).await else {
             return None;
@@ -286,8 +286,11 @@ impl Peeker {
             .map(|session| Keys::new(&self.prefix, session))
             .collect();
         let call = |keys: &'_ Keys| {
-            let [list, .., turns] = keys.in_order();
-            (vec![list.to_owned(), turns.to_owned()], ["", ""])
+            let [list, facts, .., turns] = keys.in_order();
+            (
+                vec![list.to_owned(), facts.to_owned(), turns.to_owned()],
+                ["", ""],
+            )
         };
         let calls: Vec<_> = keys.iter().map(call).collect();
         let calls: Vec<(Vec<&str>, [&str; 2])> = calls
