@@ -10,8 +10,6 @@ from typing import ClassVar, Generic, Literal, TypeVar, cast
 import grpc
 from google.protobuf import duration_pb2
 
-import grpc
-
 from chat_memory._errors import ChatMemoryError, Unavailable
 from chat_memory._messages import user
 from chat_memory._proto import chat_memory_pb2 as pb
