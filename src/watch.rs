@@ -68,10 +68,9 @@ struct Sight {
     epoch: Epoch,
     count: i64,
     turn: Option<Report>,
-    /// The session's last sequence, and what it was at the look before.
-    last: Sequence,
-    last_before: Sequence,
-    /// Whether messages were found rewound.
+    /// The session's last sequence when turns were last told of.
+    told_at: Sequence,
+    /// Whether messages were found rewound since.
     is_rewound: bool,
     expires_ms: Option<i64>,
 }
@@ -84,7 +83,7 @@ impl Sight {
         match turn.state {
             State::Running => true,
             _ if self.turn.as_ref().is_some_and(is_known) => true,
-            State::Completed { first_sequence } => first_sequence > self.last_before,
+            State::Completed { first_sequence } => first_sequence > self.told_at,
             State::Failed { .. } => !self.is_rewound,
         }
     }
@@ -157,10 +156,11 @@ impl Watch {
             with_request: false,
         };
         let seen = self.store.look(&self.session, look).await?;
-        self.compare(&seen);
+        let turn = seen.turn.as_ref().map(Report::of);
+        self.compare(&seen, turn.as_ref());
 
         if seen.last_sequence <= self.at {
-            self.tell_turn(&seen);
+            self.tell_turn(&seen, turn);
             self.tell_live(seen.last_sequence);
             return Ok(Looked::AtEnd);
         }
@@ -185,14 +185,14 @@ impl Watch {
             return Ok(Looked::More);
         }
         // After its messages, where it has any.
-        self.tell_turn(&seen);
+        self.tell_turn(&seen, turn);
         self.tell_live(self.at.max(seen.last_sequence));
         // What came between the two reads has rung.
         Ok(Looked::AtEnd)
     }
 
     /// Tells what has happened to the session as a whole since the last look.
-    fn compare(&mut self, seen: &Seen) {
+    fn compare(&mut self, seen: &Seen, turn: Option<&Report>) {
         let before = self.seen.as_ref().map(|before| before.epoch);
         let is_first = before.is_none();
         // An empty session has nothing that could be taken back.
@@ -225,31 +225,31 @@ impl Watch {
                 _ => last_sequence,
             };
         }
-        let (turn, last_before) = match self.seen.take() {
-            Some(before) if !is_new_life => (before.turn, before.last),
-            _ => (None, 0),
+        let is_running = turn.is_some_and(|turn| turn.state == State::Running);
+        // What is not told yet is compared with what was there when turns were last told of: there
+        // may be several looks between.
+        let (told, told_at, was_rewound) = match self.seen.take() {
+            Some(_) if is_new_life => (None, 0, false),
+            Some(before) => (before.turn, before.told_at, before.is_rewound),
+            None if is_running => (None, 0, false),
+            // One that ended before is no news.
+            None => (turn.cloned(), seen.last_sequence, false),
         };
         self.seen = Some(Sight {
             epoch: seen.epoch,
             count: seen.count,
-            turn,
-            last: seen.last_sequence,
-            last_before,
-            is_rewound,
+            turn: told,
+            told_at,
+            is_rewound: is_rewound || was_rewound,
             expires_ms: seen.expires_ms,
         });
         // That a turn runs is told before what it stores.
-        let runs = |report: &Report| report.state == State::Running;
-        if report_of(seen).is_some_and(|report| runs(&report)) {
-            self.tell_turn(seen);
-        } else if is_first && let Some(sight) = &mut self.seen {
-            // One that ended before is no news.
-            sight.turn = report_of(seen);
+        if is_running {
+            self.tell_turn(seen, turn.cloned());
         }
     }
 
-    fn tell_turn(&mut self, seen: &Seen) {
-        let turn = report_of(seen);
+    fn tell_turn(&mut self, seen: &Seen, turn: Option<Report>) {
         let Some(sight) = &mut self.seen else {
             return;
         };
@@ -260,6 +260,8 @@ impl Watch {
             self.ahead.push_back(Notice::Turn(turn.clone()));
         }
         sight.turn = turn;
+        sight.told_at = seen.last_sequence;
+        sight.is_rewound = false;
     }
 
     fn tell_live(&mut self, last_sequence: Sequence) {
@@ -268,10 +270,6 @@ impl Watch {
             self.ahead.push_back(Notice::Live { last_sequence });
         }
     }
-}
-
-fn report_of(seen: &Seen) -> Option<Report> {
-    seen.turn.as_ref().map(Report::of)
 }
 
 fn until_ms(at_ms: i64) -> Duration {

@@ -8,6 +8,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use chat_memory::{
     model::{Model, provider, retry},
     pb::{self, watch_response::Event},
+    turn::State,
+    watch::{Notice, Watch},
 };
 use harness::{
     provider::{Gate, Provider, Script},
@@ -560,6 +562,37 @@ async fn a_turn_that_ended_before_is_no_news_to_a_watcher_after_a_rewind() {
             .await
             .unwrap();
         assert_eq!(told(&mut stream).await, "5 next");
+    }
+}
+
+#[tokio::test]
+async fn a_turn_is_told_of_also_behind_more_messages_than_are_read_at_once() {
+    for world in worlds().await {
+        let mut client = world.server.client().await;
+        let session = stores::session("s");
+        let mut watch = Watch::new(Arc::clone(&world.server.store), session, 0);
+        let live = watch.next().await.unwrap();
+        assert_eq!(live, Notice::Live { last_sequence: 0 });
+        // All of it comes before the watcher looks again.
+        let many = vec![user("x"); 100];
+        client.append(append("s", many)).await.unwrap();
+        world.provider.answer(Script::text(["yes"]));
+        tell(&mut client, chat("s", "hi")).await;
+
+        let mut messages = 0;
+        let ended = loop {
+            let next = tokio::time::timeout(wait::LIMIT, watch.next()).await;
+            match next.expect("a notice in time").unwrap() {
+                Notice::Message(_) => messages += 1,
+                other => break other,
+            }
+        };
+        assert_eq!(messages, 102);
+        let Notice::Turn(report) = ended else {
+            panic!("{ended:?}")
+        };
+        let first_sequence = 101;
+        assert_eq!(report.state, State::Completed { first_sequence });
     }
 }
 
