@@ -473,9 +473,10 @@ pub struct RedisArgs {
     /// The Redis that keeps the messages: `redis://[USER:PASSWORD@]HOST[:PORT][/DB]`, `rediss://`
     /// for TLS, `redis+unix:///path` for a socket,
     /// `redis-sentinel://[USER:PASSWORD@]HOST[:PORT],…/MASTER[/DB]` for the master that Sentinels
-    /// name, `redis-cluster://HOST[:PORT],…` (`rediss-cluster://` with TLS) or several servers of
-    /// any scheme of TCP for a cluster. A password is better in the variable than in
-    /// the flag, which other users of the machine can see
+    /// name (theirs: `?sentinel_username=…&sentinel_password=…` at the end),
+    /// `redis-cluster://HOST[:PORT],…` or several servers of any scheme of TCP for a cluster;
+    /// `rediss-sentinel://` and `rediss-cluster://` with TLS. A password is better in the variable
+    /// than in the flag, which other users of the machine can see
     #[arg(
         long,
         env = "CHAT_MEMORY_REDIS",

@@ -10,7 +10,7 @@ use chat_memory::store::redis::{Redis, Settings};
 use chat_memory::store::{Error, Store as _};
 
 use harness::failover::Load;
-use harness::sentinel::Watched;
+use harness::sentinel::{Guarded, Watched};
 use harness::stores::{batch, read_all, session, texts};
 use harness::wait::LIMIT;
 
@@ -93,4 +93,36 @@ async fn a_write_that_no_replica_has_is_not_acknowledged_until_one_has_it() {
     let again = store.append(&id, append).await.unwrap();
     assert!(again.repeated);
     assert_eq!(texts(&read_all(&*store, &id).await), ["1", "2"]);
+}
+
+#[tokio::test]
+async fn sentinels_have_a_password_of_their_own_and_speak_tls_as_the_master_does() {
+    let guarded = Guarded::start().await;
+    let store = |user: &str, query: &str| {
+        let place = &guarded.address;
+        Redis::connect(Settings {
+            ca_file: Some(guarded.ca_file()),
+            ..Settings::new(format!("rediss-sentinel://{user}@{place}/mymaster?{query}"))
+        })
+        .unwrap()
+    };
+    for query in [
+        "sentinel_password=two",
+        "sentinel_username=default&sentinel_password=two",
+    ] {
+        let store = store(":one", query);
+        store.ready(LIMIT).await.unwrap();
+        store.append(&session("a"), batch(["1"])).await.unwrap();
+        assert!(store.describe().contains("with TLS"));
+    }
+    for (user, query, expected) in [
+        // Neither is given to the other.
+        (":one", "sentinel_password=one", "no Sentinel knows"),
+        (":one", "", "no Sentinel knows"),
+        (":two", "sentinel_password=two", "refused the user name or"),
+    ] {
+        let error = store(user, query).ready(Duration::from_secs(3)).await;
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(expected), "{user} {query}: {error}");
+    }
 }

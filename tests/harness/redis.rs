@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,8 @@ pub struct Options {
     pub password: Option<String>,
     /// Serve TLS on [`Redis::tls_url`], too.
     pub tls: bool,
+    /// Take the certificates from this directory, in place of some of its own for `localhost`.
+    pub certificates: Option<PathBuf>,
     /// Further arguments: `["--maxmemory", "4mb"]`.
     pub arguments: Vec<String>,
 }
@@ -45,8 +47,8 @@ impl Redis {
 
     pub async fn start_with(options: Options) -> Self {
         let directory = TempDir::new().expect("make a directory");
-        if options.tls {
-            make_certificates(&directory);
+        if options.tls && options.certificates.is_none() {
+            make_certificates(directory.path(), "localhost");
         }
         let mut redis = Self {
             options,
@@ -86,9 +88,16 @@ impl Redis {
         format!("rediss://localhost:{}/", self.tls_port)
     }
 
+    /// `127.0.0.1` and the port of TLS.
+    pub fn tls_address(&self) -> String {
+        format!("127.0.0.1:{}", self.tls_port)
+    }
+
     /// The certificate that signed the server's.
     pub fn ca_file(&self) -> PathBuf {
-        self.path("ca.pem")
+        let of_its_own = || self.directory.path().to_owned();
+        let directory = self.options.certificates.clone();
+        directory.unwrap_or_else(of_its_own).join("ca.pem")
     }
 
     /// Ends the server in good order, if it runs.
@@ -192,12 +201,16 @@ impl Redis {
             command.args(["--requirepass", password]);
         }
         if self.options.tls {
+            let ca_file = self.ca_file();
             command
                 .args(["--tls-port", &self.tls_port.to_string()])
-                .args(["--tls-ca-cert-file", "ca.pem"])
-                .args(["--tls-cert-file", "server.pem"])
-                .args(["--tls-key-file", "server.key"])
-                .args(["--tls-auth-clients", "no"]);
+                .args(["--tls-auth-clients", "no"])
+                .arg("--tls-cert-file")
+                .arg(ca_file.with_file_name("server.pem"))
+                .arg("--tls-key-file")
+                .arg(ca_file.with_file_name("server.key"))
+                .arg("--tls-ca-cert-file")
+                .arg(ca_file);
         }
         let child = command.spawn().unwrap_or_else(|error| {
             panic!("these tests need the program `redis-server` (6.2 or later): {error}")
@@ -252,12 +265,13 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("a bound port").port()
 }
 
-/// An authority of its own, and a certificate of `localhost` signed by it.
-fn make_certificates(directory: &TempDir) {
-    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+/// An authority of its own, and a certificate of a name signed by it: `ca.pem`, `server.pem` and
+/// `server.key`.
+pub fn make_certificates(directory: &Path, name: &str) {
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
-    let write = |name: &str, text: String| {
-        fs::write(directory.path().join(name), text).expect("write a certificate");
+    let write = |file: &str, text: String| {
+        fs::write(directory.join(file), text).expect("write a certificate");
     };
     let ca_key = KeyPair::generate().expect("make a key");
     let mut ca = CertificateParams::new(Vec::new()).expect("no names");
@@ -267,7 +281,9 @@ fn make_certificates(directory: &TempDir) {
 
     let issuer = Issuer::new(ca, ca_key);
     let server_key = KeyPair::generate().expect("make a key");
-    let server = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
+    let mut server = CertificateParams::new(vec![name.to_owned()]).expect("a name");
+    // The name of the authority would make it one that has signed itself, to OpenSSL.
+    server.distinguished_name.push(DnType::CommonName, name);
     let server_certificate = server.signed_by(&server_key, &issuer).expect("sign");
     write("server.pem", server_certificate.pem());
     write("server.key", server_key.serialize_pem());

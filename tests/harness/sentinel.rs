@@ -2,12 +2,13 @@
 //! own on the loopback.
 
 use std::fs::{self, File};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use ::redis::Client;
 use tempfile::TempDir;
 
-use super::redis::{Options, Redis, free_port};
+use super::redis::{Options, Redis, free_port, make_certificates};
 use super::wait::until;
 
 /// What the Sentinels call the master.
@@ -38,7 +39,14 @@ impl Watched {
         let replica = Redis::start_with(options).await;
         let (host, port) = master.address().split_once(':').map(owned).expect("a port");
         replica.command::<()>(&["REPLICAOF", &host, &port]).await;
-        let sentinels = (0..3).map(|_| Sentinel::start(&port)).collect();
+        // The shortest times that a slow machine keeps: a test must not see failovers that it has
+        // not asked for.
+        let text = format!(
+            "sentinel monitor {MASTER} 127.0.0.1 {port} 2\n\
+             sentinel down-after-milliseconds {MASTER} 1000\n\
+             sentinel failover-timeout {MASTER} 2000\n"
+        );
+        let sentinels = (0..3).map(|_| Sentinel::start(&text)).collect();
         let watched = Self {
             servers: [master, replica],
             sentinels,
@@ -133,23 +141,62 @@ impl Watched {
     }
 }
 
+/// A master with the password `one`, and a Sentinel with the password `two`, both with TLS.
+pub struct Guarded {
+    _master: Redis,
+    _sentinel: Sentinel,
+    /// Host and port of the Sentinel's TLS.
+    pub address: String,
+    certificates: TempDir,
+}
+
+impl Guarded {
+    pub async fn start() -> Self {
+        let certificates = TempDir::new().expect("make a directory");
+        make_certificates(certificates.path(), "127.0.0.1");
+        let options = Options {
+            password: Some("one".to_owned()),
+            tls: true,
+            certificates: Some(certificates.path().to_owned()),
+            ..Options::default()
+        };
+        let master = Redis::start_with(options).await;
+        let place = master.tls_address().replace(':', " ");
+        let (port, directory) = (free_port(), certificates.path().display());
+        let sentinel = Sentinel::start(&format!(
+            "tls-port {port}\ntls-auth-clients no\ntls-replication yes\n\
+             tls-ca-cert-file {directory}/ca.pem\n\
+             tls-cert-file {directory}/server.pem\n\
+             tls-key-file {directory}/server.key\n\
+             requirepass two\n\
+             sentinel monitor {MASTER} {place} 1\n\
+             sentinel auth-pass {MASTER} one\n"
+        ));
+        Self {
+            _master: master,
+            _sentinel: sentinel,
+            address: format!("127.0.0.1:{port}"),
+            certificates,
+        }
+    }
+
+    /// The certificate that signed theirs.
+    pub fn ca_file(&self) -> PathBuf {
+        self.certificates.path().join("ca.pem")
+    }
+}
+
 fn owned((host, port): (&str, &str)) -> (String, String) {
     (host.to_owned(), port.to_owned())
 }
 
 impl Sentinel {
-    fn start(master_port: &str) -> Self {
+    /// Starts one whose configuration has these lines.
+    fn start(lines: &str) -> Self {
         let directory = TempDir::new().expect("make a directory");
         let port = free_port();
         let config = directory.path().join("sentinel.conf");
-        // The shortest times that a slow machine keeps: a test must not see failovers that it has
-        // not asked for.
-        let text = format!(
-            "port {port}\nbind 127.0.0.1\n\
-             sentinel monitor {MASTER} 127.0.0.1 {master_port} 2\n\
-             sentinel down-after-milliseconds {MASTER} 1000\n\
-             sentinel failover-timeout {MASTER} 2000\n"
-        );
+        let text = format!("port {port}\nbind 127.0.0.1\n{lines}");
         fs::write(&config, text).expect("write the configuration");
         let log = File::create(directory.path().join("log")).expect("make the log");
         let child = Command::new("redis-server")

@@ -77,6 +77,22 @@ pub(super) struct Tls {
     name: ServerName<'static>,
 }
 
+impl Address {
+    /// A server's, over TCP. With TLS, its certificate must name that host.
+    pub(super) fn of(host: &str, port: u16, tls: Option<&TlsConnector>) -> Result<Self, String> {
+        let host = host.to_owned();
+        Ok(match tls {
+            Some(connector) => {
+                let name = ServerName::try_from(host.clone()).map_err(|error| error.to_string())?;
+                let connector = connector.clone();
+                let tls = Tls { connector, name };
+                Self::Tls { host, port, tls }
+            }
+            None => Self::Tcp { host, port },
+        })
+    }
+}
+
 impl Server {
     /// Reads a URL as redis-rs does, and the certificates to trust where it asks for TLS.
     pub(super) fn new(
@@ -84,8 +100,10 @@ impl Server {
         ca_file: Option<&Path>,
         timeout: Duration,
     ) -> Result<Self, InvalidSettings> {
-        if let Some(rest) = url.strip_prefix("redis-sentinel://") {
-            let parsed = Sentinels::parse(rest).map_err(InvalidSettings::Url)?;
+        if let Some((scheme @ ("redis" | "rediss"), rest)) = url.split_once("-sentinel://") {
+            let is_tls = scheme == "rediss";
+            let tls = is_tls.then(|| tls_connector(ca_file)).transpose()?;
+            let parsed = Sentinels::parse(rest, tls).map_err(InvalidSettings::Url)?;
             return Self::checked(Address::Sentinels(parsed.0), parsed.1, ca_file, timeout);
         }
         let info = url
@@ -125,10 +143,15 @@ impl Server {
         ca_file: Option<&Path>,
         timeout: Duration,
     ) -> Result<Self, InvalidSettings> {
-        if let (Some(path), false) = (ca_file, matches!(address, Address::Tls { .. })) {
+        let is_tls = match &address {
+            Address::Tls { .. } => true,
+            Address::Sentinels(sentinels) => sentinels.is_tls(),
+            Address::Tcp { .. } | Address::Unix(_) => false,
+        };
+        if let (Some(path), false) = (ca_file, is_tls) {
             return Err(InvalidSettings::Certificates {
                 path: path.to_owned(),
-                reason: "is of use with `rediss://` only".to_owned(),
+                reason: "is of use with `rediss` URLs only".to_owned(),
             });
         }
         Ok(Self {
@@ -141,18 +164,12 @@ impl Server {
 
     /// A node of a cluster that this server belongs to.
     pub(super) fn node(&self, host: &str, port: u16) -> Result<Self, String> {
-        let host = host.to_owned();
-        let address = match &self.address {
-            Address::Tls { tls, .. } => {
-                let name = ServerName::try_from(host.clone()).map_err(|error| error.to_string())?;
-                let connector = tls.connector.clone();
-                let tls = Tls { connector, name };
-                Address::Tls { host, port, tls }
-            }
-            _ => Address::Tcp { host, port },
+        let tls = match &self.address {
+            Address::Tls { tls, .. } => Some(&tls.connector),
+            _ => None,
         };
         Ok(Self {
-            address,
+            address: Address::of(host, port, tls)?,
             is_in_cluster: true,
             ..self.clone()
         })
@@ -220,10 +237,7 @@ impl Server {
 
     async fn dial(&self) -> Result<Box<dyn Stream>, String> {
         let dialled = match &self.address {
-            Address::Sentinels(sentinels) => {
-                let (host, port) = sentinels.master(self.timeout).await?;
-                dial(&Address::Tcp { host, port }).await
-            }
+            Address::Sentinels(sentinels) => dial(&sentinels.master(self.timeout).await?).await,
             address => dial(address).await,
         };
         dialled.map_err(|error| error.to_string())
@@ -767,7 +781,8 @@ mod tests {
             "redis://:secret@0.0.0.0",
             "rediss://:secret@localhost#insecure",
             "redis-sentinel://:secret@localhost",
-            "rediss-sentinel://:secret@localhost/mymaster",
+            "rediss-sentinel://:secret@localhost",
+            "http-sentinel://:secret@localhost/mymaster",
         ] {
             let error = target(url).err().expect(url).to_string();
             assert!(!error.contains("secret"), "{error}");
