@@ -7,12 +7,18 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
+use chat_memory::pb::{self, watch_response::Event};
 use chat_memory::store::redis::{Redis, Settings};
 use chat_memory::store::sessions::{Fork, Forked, ListRecent, Rewind, Rewound, SessionStore as _};
 use chat_memory::store::{List, Store as _};
 
 use harness::cluster::Cluster;
 use harness::failover::Load;
+use harness::program::{Program, run};
+use harness::provider::{Gate, Provider, Script};
+use harness::server::{
+    Client, append, chat, client, contents, get, tcp_channel, tell, tell_rest, user,
+};
 use harness::stores::{batch, fill, fresh_request, read_all, session, texts};
 use harness::wait::{LIMIT, until};
 
@@ -46,9 +52,17 @@ async fn every_call_works_wherever_its_session_lies() {
         "*[x]?\\",
         "(\u{1F600})\"'",
         "ü",
+        "\u{202e}\u{feff} \u{e9}e\u{301}",
+        "会話/🧑‍🚀",
         ":",
         "0",
+        " ",
+        "-1",
+        "message_store:a",
+        ":session",
+        "a:requests:0",
         &"x".repeat(512),
+        &"\u{1F600}".repeat(128),
     ] {
         let id = session(id);
         store.append(&id, batch(["1", "2"])).await.unwrap();
@@ -74,6 +88,16 @@ async fn every_call_works_wherever_its_session_lies() {
         cluster.slot("{message_store:}:sessions").await,
         cluster.slot("{message_store:}:running").await
     );
+    // Nothing else was made, at any node, and each key lies where its node says.
+    for node in &cluster.nodes {
+        let keys: Vec<String> = node.command(&["KEYS", "*"]).await;
+        for key in keys {
+            let own = key.strip_prefix('{').and_then(|key| key.rsplit_once("}:"));
+            let list = own.map_or(key.as_str(), |(list, _)| list);
+            assert!(list.starts_with("message_store:"), "{key}");
+            assert_eq!(cluster.slot(&key).await, cluster.slot(list).await, "{key}");
+        }
+    }
 
     // Sessions on all nodes are found, by both ways to list them.
     let names: BTreeSet<String> = (0..60).map(|number| format!("many-{number:02}")).collect();
@@ -260,4 +284,241 @@ async fn slots_may_move_under_load() {
     load.progress_of_all(20).await;
     let (_, missing) = load.check(&stores[0]).await;
     assert_eq!(missing, 0);
+}
+
+fn program(cluster: &Cluster, flags: &[&str]) -> Program {
+    let url = cluster.url();
+    Program::start(&[&["--listen=127.0.0.1:0", "--redis", &url], flags].concat())
+}
+
+/// A client of a server that has its store.
+async fn ready(program: &Program) -> Client {
+    let client = client(tcp_channel(&program.addresses[0]).await);
+    until("the server has its store", || {
+        let mut client = client.clone();
+        async move { client.get_messages(get("probe")).await.ok().map(drop) }
+    })
+    .await;
+    client
+}
+
+/// The next events of a watcher, up to one that is wanted.
+async fn watched_until(stream: &mut tonic::Streaming<pb::WatchResponse>, wanted: &str) {
+    loop {
+        let next = tokio::time::timeout(LIMIT, stream.message()).await;
+        let next = next.unwrap_or_else(|_| panic!("nothing of {wanted:?}"));
+        let told = match next.unwrap().unwrap().event.unwrap() {
+            Event::Message(message) => message.content,
+            Event::Live(_) => "live".to_owned(),
+            Event::Turn(turn) => format!("{} {:?}", turn.turn_id, turn.state()),
+            other => panic!("{other:?}"),
+        };
+        if told == wanted {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn turns_and_watchers_are_served_by_all_servers_wherever_a_session_lies() {
+    let cluster = Cluster::without_replicas().await;
+    let provider = Provider::start().await;
+    let url = provider.url();
+    let flags = [
+        "--model=test-model",
+        "--model-url",
+        &url,
+        "--lease-seconds=1",
+    ];
+    let (first, second) = (program(&cluster, &flags), program(&cluster, &flags));
+    let (mut here, mut there) = (ready(&first).await, ready(&second).await);
+    let sessions = cluster.session_on_each_master().await;
+
+    for (node, name) in &sessions {
+        let request = pb::WatchRequest {
+            session_id: name.clone(),
+            ..Default::default()
+        };
+        let mut watcher = there.watch(request).await.unwrap().into_inner();
+        watched_until(&mut watcher, "live").await;
+
+        // A turn, followed from its start at the other server while it runs.
+        let gate = Gate::new();
+        let script = Script::begin().say("one ").say("two ").wait(&gate);
+        provider.answer(script.say("three").finish("stop").done());
+        let mut request = chat(name, "hi");
+        request.turn_id = "t".to_owned();
+        let asked = here.chat(request).await.unwrap().into_inner();
+        let follow = pb::ChatRequest {
+            session_id: name.clone(),
+            turn_id: "t".to_owned(),
+            ..Default::default()
+        };
+        let mut followed = there.chat(follow.clone()).await.unwrap().into_inner();
+        let mut told = harness::server::Told::default();
+        while told.deltas.len() < 2 {
+            told.take(followed.message().await.unwrap().unwrap());
+        }
+        gate.open();
+        let told = tell_rest(followed, told).await;
+        assert_eq!(
+            (told.text(), told.reason()),
+            ("one two three".into(), String::new())
+        );
+        assert_eq!(told.numbers, [1, 2, 3, 4, 5]);
+        let asked = tell_rest(asked, Default::default()).await;
+        assert_eq!(asked.completed, told.completed);
+        let mut rest = follow;
+        rest.resume_after = 3;
+        assert_eq!(tell(&mut there, rest).await.text(), "three");
+        assert_eq!(contents(&mut there, name).await, ["hi", "one two three"]);
+        watched_until(&mut watcher, "t Completed").await;
+
+        // What another server appends, and what LangChain pushes.
+        here.append(append(name, vec![user("ours")])).await.unwrap();
+        watched_until(&mut watcher, "ours").await;
+        let theirs = r#"{"type": "human", "data": {"content": "theirs", "type": "human"}}"#;
+        let list = format!("message_store:{name}");
+        cluster.nodes[*node]
+            .command::<i64>(&["LPUSH", &list, theirs])
+            .await;
+        watched_until(&mut watcher, "theirs").await;
+    }
+
+    // Turns of a server that dies get their answers at the other, although nobody asks.
+    for (_, name) in &sessions {
+        provider.answer(Script::begin().say("lost").hang());
+        let mut stream = here.chat(chat(name, "again")).await.unwrap().into_inner();
+        let mut told = harness::server::Told::default();
+        while told.deltas.is_empty() {
+            told.take(stream.message().await.unwrap().unwrap());
+        }
+    }
+    provider.always(Script::text(["found"]));
+    first.crash();
+    for (_, name) in &sessions {
+        until("the turn is adopted", || {
+            let mut there = there.clone();
+            async move {
+                let texts = contents(&mut there, name).await;
+                texts
+                    .ends_with(&["again".to_owned(), "found".to_owned()])
+                    .then_some(())
+            }
+        })
+        .await;
+    }
+    assert_eq!(provider.request_count(), 9);
+}
+
+#[tokio::test]
+async fn a_watcher_finds_another_node_to_listen_at_than_those_that_the_url_names() {
+    let mut cluster = Cluster::without_replicas().await;
+    let sessions = cluster.session_on_each_master().await;
+    let (lost, _) = sessions[0];
+    let (kept, name) = &sessions[1];
+    let url = format!("redis-cluster://{}", cluster.nodes[lost].address());
+    let store = Redis::connect(Settings::new(url)).unwrap();
+    store.ready(LIMIT).await.unwrap();
+    cluster.nodes[lost].kill();
+    let _bell = store.bell(&session(name));
+    let channel = format!("{{message_store:{name}}}:changed");
+    until("the server listens at a node that is left", async || {
+        for node in [*kept, sessions[2].0] {
+            let channels: Vec<String> = cluster.nodes[node].command(&["PUBSUB", "CHANNELS"]).await;
+            if channels.contains(&channel) {
+                return Some(());
+            }
+        }
+        None
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn sessions_move_between_a_file_and_all_nodes_of_a_cluster() {
+    let cluster = Cluster::without_replicas().await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    let moving = |words: &[&str]| {
+        let output = run(words);
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{words:?}: {errors}");
+        output.stdout
+    };
+    let names: BTreeSet<String> = (0..60).map(|number| format!("moved-{number:02}")).collect();
+    let (file, database) = (path("sessions.jsonl"), path("first.db"));
+    {
+        let store = chat_memory::store::sqlite::Sqlite::open(database.as_ref(), "message_store:");
+        let store = store.unwrap();
+        for name in &names {
+            let elements = ["\"1\"", r#"{"type": "human", "data": {"content": "2"}}"#];
+            store.append(&session(name), batch(elements)).await.unwrap();
+        }
+    }
+    let url = cluster.url();
+    moving(&["export", "--database", &database, "--output", &file]);
+    moving(&["import", "--redis", &url, "--input", &file]);
+    let store = connect(&cluster).await;
+    for node in &cluster.nodes {
+        assert!(
+            node.command::<u64>(&["DBSIZE"]).await > 0,
+            "a node has none"
+        );
+    }
+    for name in &names {
+        assert_eq!(read_all(&*store, &session(name)).await.elements.len(), 2);
+    }
+
+    // Each session comes back once, with all its lines, from whichever node.
+    let sessions = |text: &[u8]| {
+        let text = String::from_utf8(text.to_vec()).unwrap();
+        let is_of_a_session = |line: &&str| {
+            ["{\"session", "{\"text", "{\"end"]
+                .iter()
+                .any(|kind| line.starts_with(kind))
+        };
+        let lines = text.lines().filter(is_of_a_session).map(str::to_owned);
+        let lines: Vec<String> = lines.collect();
+        let mut sessions: Vec<String> = lines.chunks(4).map(|lines| lines.concat()).collect();
+        sessions.sort();
+        sessions
+    };
+    let first = sessions(&std::fs::read(&file).unwrap());
+    assert_eq!(first.len(), 60);
+    let again = moving(&["export", "--redis", &url]);
+    assert_eq!(sessions(&again), first);
+
+    let report = run(["doctor", "--redis", &url, "--json"]);
+    assert_eq!(report.status.code(), Some(1));
+    let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
+    for (name, number) in [
+        ("sessions", 60),
+        ("messages", 120),
+        ("unreadable_messages", 60),
+        ("unreadable_sessions", 60),
+        ("wrong_type_keys", 0),
+        ("memory_unknown_sessions", 0),
+    ] {
+        assert_eq!(report[name], number, "{name}: {report:#}");
+    }
+}
+
+#[tokio::test]
+async fn a_cluster_with_tls_is_served_by_all_its_nodes() {
+    let cluster = Cluster::with_tls().await;
+    let trusting = Settings {
+        ca_file: cluster.ca_file(),
+        ..Settings::new(cluster.url())
+    };
+    let store = Redis::connect(trusting.clone()).unwrap();
+    store.ready(LIMIT).await.unwrap();
+    let other = Redis::connect(trusting).unwrap();
+    for (_, name) in cluster.session_on_each_master().await {
+        let id = session(&name);
+        let mut bell = store.bell(&id);
+        other.append(&id, batch(["1"])).await.unwrap();
+        tokio::time::timeout(LIMIT, bell.rung()).await.unwrap();
+        assert_eq!(texts(&read_all(&store, &id).await), ["1"]);
+    }
 }

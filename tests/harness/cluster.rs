@@ -1,20 +1,43 @@
-//! A Redis Cluster of three masters with a replica each, as processes of their own on the loopback.
+//! A Redis Cluster of three masters, as processes of their own on the loopback.
 
+use std::path::PathBuf;
 use std::process::Command;
 
-use super::redis::{Options, Redis, free_port};
+use tempfile::TempDir;
+
+use super::redis::{Options, Redis, free_port, make_certificates};
 use super::wait::until;
 
 /// The nodes. Which of them are masters changes.
 pub struct Cluster {
     pub nodes: Vec<Redis>,
+    /// Where all nodes have their certificates, if they speak TLS.
+    certificates: Option<TempDir>,
 }
 
 impl Cluster {
-    /// Starts all nodes; returns when each knows all others and every replica is up to date.
+    /// Masters with a replica each. Returns when each knows all others and every replica is up to
+    /// date.
     pub async fn start() -> Self {
+        Self::start_with(6, None).await
+    }
+
+    /// Masters only, which serve on when one of them is lost.
+    pub async fn without_replicas() -> Self {
+        Self::start_with(3, None).await
+    }
+
+    /// Masters only, which speak TLS among each other, and with clients too.
+    pub async fn with_tls() -> Self {
+        let certificates = TempDir::new().expect("make a directory");
+        make_certificates(certificates.path(), "127.0.0.1");
+        Self::start_with(3, Some(certificates)).await
+    }
+
+    async fn start_with(count: usize, certificates: Option<TempDir>) -> Self {
+        let directory = certificates.as_ref().map(|one| one.path().to_owned());
         let mut nodes = Vec::new();
-        for _ in 0..6 {
+        for _ in 0..count {
             let bus = free_port().to_string();
             let arguments = [
                 ["--cluster-enabled", "yes"],
@@ -24,35 +47,87 @@ impl Cluster {
                 ["--cluster-node-timeout", "1500"],
                 ["--cluster-replica-validity-factor", "0"],
                 ["--repl-diskless-sync-delay", "0"],
+                // Without a replica, the others must serve on.
+                [
+                    "--cluster-require-full-coverage",
+                    if count > 3 { "yes" } else { "no" },
+                ],
+                [
+                    "--tls-cluster",
+                    if directory.is_some() { "yes" } else { "no" },
+                ],
             ];
             let arguments = arguments.concat().into_iter().map(str::to_owned).collect();
             let options = Options {
                 arguments,
+                tls: directory.is_some(),
+                certificates: directory.clone(),
                 ..Options::default()
             };
             nodes.push(Redis::start_with(options).await);
         }
+        let cluster = Self {
+            nodes,
+            certificates,
+        };
         let mut create = Command::new("redis-cli");
-        create.args(["--cluster", "create"]);
-        create.args(nodes.iter().map(Redis::address));
-        create.args(["--cluster-replicas", "1", "--cluster-yes"]);
+        if let Some(ca_file) = cluster.ca_file() {
+            create.arg("--tls").arg("--cacert").arg(ca_file);
+        }
+        create.args(["--cluster", "create"]).args(cluster.places());
+        let replicas = (count / 3 - 1).to_string();
+        create.args(["--cluster-replicas", &replicas, "--cluster-yes"]);
         let output = create
             .output()
             .expect("these tests need the program `redis-cli`");
         assert!(
             output.status.success(),
             "{}",
-            String::from_utf8_lossy(&output.stdout)
+            String::from_utf8_lossy(&[output.stdout, output.stderr].concat())
         );
-        let cluster = Self { nodes };
         cluster.settled().await;
         cluster
     }
 
+    /// Host and port of each node, as clients are to use them.
+    fn places(&self) -> Vec<String> {
+        let place = |node: &Redis| match &self.certificates {
+            Some(_) => node.tls_address(),
+            None => node.address(),
+        };
+        self.nodes.iter().map(place).collect()
+    }
+
     /// A URL with some of the nodes.
     pub fn url(&self) -> String {
-        let places: Vec<String> = self.nodes.iter().take(3).map(Redis::address).collect();
-        format!("redis-cluster://{}", places.join(","))
+        let scheme = match &self.certificates {
+            Some(_) => "rediss-cluster",
+            None => "redis-cluster",
+        };
+        format!("{scheme}://{}", self.places()[..3].join(","))
+    }
+
+    /// The certificate that signed those of the nodes.
+    pub fn ca_file(&self) -> Option<PathBuf> {
+        let certificates = self.certificates.as_ref()?;
+        Some(certificates.path().join("ca.pem"))
+    }
+
+    /// The names of sessions, one on each master, and which node that is.
+    pub async fn session_on_each_master(&self) -> Vec<(usize, String)> {
+        let mut found: Vec<(usize, String)> = Vec::new();
+        for number in 0.. {
+            let name = format!("session-{number}");
+            let slot = self.slot(&format!("message_store:{name}")).await;
+            let node = self.master(slot).await;
+            if !found.iter().any(|(known, _)| *known == node) {
+                found.push((node, name));
+            }
+            if found.len() == 3 {
+                break;
+            }
+        }
+        found
     }
 
     /// The slot of a key, as Redis says.
@@ -104,6 +179,7 @@ impl Cluster {
     }
 
     async fn settled(&self) {
+        let count = self.nodes.len();
         until("the cluster is whole", async || {
             let mut replicas = 0;
             for node in &self.nodes {
@@ -111,7 +187,7 @@ impl Cluster {
                 let is_ok = info.contains("cluster_state:ok")
                     && info.contains("cluster_slots_fail:0")
                     && info.contains("cluster_slots_pfail:0")
-                    && info.contains("cluster_known_nodes:6");
+                    && info.contains(&format!("cluster_known_nodes:{count}\r\n"));
                 let nodes: String = node.try_command(&["CLUSTER", "NODES"]).await.ok()?;
                 let info: String = node.try_command(&["INFO", "replication"]).await.ok()?;
                 replicas += usize::from(info.contains("master_link_status:up"));
@@ -119,7 +195,7 @@ impl Cluster {
                     return None;
                 }
             }
-            (replicas == 3).then_some(())
+            (replicas == count - 3).then_some(())
         })
         .await;
     }

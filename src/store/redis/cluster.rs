@@ -113,18 +113,6 @@ impl Seeds {
     pub(super) fn timeout(&self) -> Duration {
         self.like.timeout()
     }
-
-    /// The first that can be connected to.
-    pub(super) async fn subscriber(&self) -> Result<PubSub, String> {
-        let mut reason = String::new();
-        for (host, port) in &self.addresses {
-            match self.like.node(host, *port)?.subscriber().await {
-                Ok(subscriber) => return Ok(subscriber),
-                Err(error) => reason = error,
-            }
-        }
-        Err(reason)
-    }
 }
 
 /// Which node has which slots.
@@ -283,6 +271,25 @@ impl Cluster {
                 .await?;
         }
         Ok(())
+    }
+
+    /// Opens a connection that is told of what is published: to any master that answers, so that
+    /// servers spread over them, or else to the first node that can be connected to.
+    pub(super) async fn subscriber(&self) -> Result<PubSub, String> {
+        let mut places = self.shared.masters();
+        let answering = places.partition_point(|place| self.shared.answers(place));
+        if answering > 0 {
+            places.swap(0, rand::random_range(0..answering));
+        }
+        places.extend(self.shared.seeds.addresses.iter().cloned());
+        let mut reason = String::new();
+        for (host, port) in places {
+            match self.shared.seeds.like.node(&host, port)?.subscriber().await {
+                Ok(subscriber) => return Ok(subscriber),
+                Err(error) => reason = error,
+            }
+        }
+        Err(reason)
     }
 
     /// Runs a script once. Takes at most [`CONNECTION_WAIT`] and twice the timeout.
@@ -496,16 +503,24 @@ impl Shared {
         }
     }
 
-    /// Asks nodes for the map: the masters that are known, then those of the URL.
-    async fn refresh(&self) -> Result<(), String> {
+    /// The masters that are known, those first that answer.
+    fn masters(&self) -> Vec<Place> {
         let known = self.map.borrow().clone();
         let masters = known.masters().into_iter().map(|(_, place)| place.clone());
-        let mut places: Vec<Place> = masters.collect();
-        // Those that answer come first.
-        places.sort_by_key(|place| {
-            let node = self.nodes().get(place).cloned();
-            !node.is_some_and(|node| *node.reachable().borrow())
-        });
+        let mut masters: Vec<Place> = masters.collect();
+        masters.sort_by_cached_key(|place| !self.answers(place));
+        masters
+    }
+
+    /// Whether there is a connection to a node.
+    fn answers(&self, place: &Place) -> bool {
+        let node = self.nodes().get(place).cloned();
+        node.is_some_and(|node| *node.reachable().borrow())
+    }
+
+    /// Asks nodes for the map: the masters that are known, then those of the URL.
+    async fn refresh(&self) -> Result<(), String> {
+        let mut places = self.masters();
         places.extend(self.seeds.addresses.iter().cloned());
         let mut command = redis::cmd("CLUSTER");
         command.arg("SLOTS");

@@ -49,19 +49,12 @@ impl Target {
             Self::Cluster(seeds) => seeds.timeout(),
         }
     }
-
-    /// Opens a connection that is told of what is published. Any node of a cluster is told of all.
-    pub(super) async fn subscriber(&self) -> Result<PubSub, String> {
-        match self {
-            Self::One(server) => server.subscriber().await,
-            Self::Cluster(seeds) => seeds.subscriber().await,
-        }
-    }
 }
 
 /// The users' end. When it is dropped, the connections are closed.
 pub(super) enum Connection {
     One {
+        server: Box<Server>,
         node: Node,
         /// If replicas must have what is written.
         writers: Option<Writers>,
@@ -76,7 +69,8 @@ impl Connection {
         match target {
             Target::One(server) => Self::One {
                 writers: (replicas > 0).then(|| Writers::start(&server, replicas)),
-                node: Node::start(server),
+                node: Node::start(server.clone()),
+                server: Box::new(server),
             },
             Target::Cluster(seeds) => Self::Cluster(Cluster::start(seeds, replicas)),
         }
@@ -91,6 +85,14 @@ impl Connection {
         match self {
             Self::One { node, .. } => node.reachable(),
             Self::Cluster(cluster) => cluster.reachable(),
+        }
+    }
+
+    /// Opens a connection that is told of what is published. Any node of a cluster is told of all.
+    pub(super) async fn subscriber(&self) -> Result<PubSub, String> {
+        match self {
+            Self::One { server, .. } => server.subscriber().await,
+            Self::Cluster(cluster) => cluster.subscriber().await,
         }
     }
 
@@ -150,7 +152,7 @@ impl Connection {
     /// Like [`run`](Self::run), for a script that writes.
     pub(super) async fn write(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
         match self {
-            Self::One { node, writers } => match writers {
+            Self::One { node, writers, .. } => match writers {
                 Some(writers) => writers.run(script).await,
                 None => node.run(script).await,
             },

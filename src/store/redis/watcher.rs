@@ -57,6 +57,7 @@ impl Watch {
         let news = Arc::new([Notify::new(), Notify::new()]);
         let listener = Listener {
             target,
+            connection: Arc::clone(&connection),
             bells: bells.clone(),
             news: Arc::clone(&news),
             prefix: prefix.to_owned(),
@@ -95,6 +96,7 @@ impl Watch {
 /// Listens to what scripts publish.
 struct Listener {
     target: Target,
+    connection: Arc<Connection>,
     bells: Bells,
     news: Arc<[Notify; 2]>,
     prefix: String,
@@ -107,7 +109,7 @@ impl Listener {
             while self.bells.sessions().is_empty() {
                 self.news[0].notified().await;
             }
-            let end = match self.target.subscriber().await {
+            let end = match self.connection.subscriber().await {
                 Ok(connection) => {
                     let (sink, stream) = connection.split();
                     self.listen_on(sink, stream).await
