@@ -42,8 +42,11 @@ const ROUND_KEYS_PER_S: u64 = 5_000;
 /// How long a round takes, and so how far apart two are: at least this, which bounds what a small
 /// store costs…
 const ROUND_MIN: Duration = Duration::from_secs(5);
-/// …and at most this: what others have written shows within a minute.
+/// …and at most this: what others have written shows within a minute…
 const ROUND_MAX: Duration = Duration::from_secs(45);
+/// …unless a round would have to look at more keys in a second than this: it takes longer then, and a
+/// Redis of any size has no more than some hundredths of a core to spare for it.
+const ROUND_KEYS_PER_S_MAX: u64 = 25_000;
 /// How long after its start a server makes its first round.
 const ROUND_AFTER: Duration = Duration::from_secs(1);
 /// How many bits of a score are the length's.
@@ -64,6 +67,13 @@ impl Entry {
 
 fn score(active_ms: UnixMillis, length: i64) -> i64 {
     (active_ms << LENGTH_BITS) | length_bits(length)
+}
+
+/// How long a round over so many keys takes.
+fn round_period(keys: u64) -> Duration {
+    Duration::from_secs(keys / ROUND_KEYS_PER_S)
+        .clamp(ROUND_MIN, ROUND_MAX)
+        .max(Duration::from_secs(keys / ROUND_KEYS_PER_S_MAX))
 }
 
 fn length_bits(length: i64) -> i64 {
@@ -463,7 +473,7 @@ impl Entries {
     /// just done so. Says when to try again.
     ///
     /// It costs Redis a SCAN over all keys and an LLEN for each list: at 200,000 lists, some 3 % of
-    /// the time of its core. To an eviction by least recent use, these are
+    /// the time of its core; from a million keys on it is slower, not dearer. To an eviction by least recent use, these are
     /// uses. A list that was replaced by one of the same length is not seen to have changed.
     async fn round(&self) -> std::result::Result<Duration, Failure> {
         let mut commands = redis::pipe();
@@ -472,7 +482,7 @@ impl Entries {
             Some(Value::Int(count)) => u64::try_from(*count).unwrap_or(0),
             _ => 0,
         };
-        let period = Duration::from_secs(count / ROUND_KEYS_PER_S).clamp(ROUND_MIN, ROUND_MAX);
+        let period = round_period(count);
         let period_ms = u64::try_from(period.as_millis()).unwrap_or(u64::MAX);
         let mut commands = redis::pipe();
         commands.cmd("SET").arg(&self.keys.round).arg("");
@@ -668,5 +678,23 @@ impl std::str::FromStr for Entry {
 impl std::fmt::Display for Entry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} {}", self.score, self.session)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_takes_longer_with_more_keys_and_never_looks_at_too_many_in_a_second() {
+        for (keys, seconds) in [
+            (0, 5),
+            (100_000, 20),
+            (1_000_000, 45),
+            (2_000_000, 80),
+            (400_000_000, 16_000),
+        ] {
+            assert_eq!(round_period(keys), Duration::from_secs(seconds), "{keys}");
+        }
     }
 }
