@@ -1,5 +1,6 @@
 //! The README is true: its grpcurl commands are run as they stand there, by the real grpcurl, and
-//! print what they print there; its table holds every flag of the program.
+//! print what they print there; its table holds every flag of the program. The examples in deploy/
+//! name settings that exist.
 //!
 //! `UPDATE_README=1 cargo test --test readme` writes what they print now into the README.
 
@@ -7,6 +8,7 @@ mod harness;
 
 use std::{path::PathBuf, process::Command};
 
+use chat_memory::store::redis::{Redis, Settings};
 use harness::program::{Program, run};
 use serde_json::Value;
 
@@ -130,6 +132,44 @@ fn the_table_holds_every_flag_with_its_variable_and_its_default() {
             );
         }
     }
+}
+
+#[tokio::test]
+async fn the_examples_of_deployment_name_settings_that_exist() {
+    let readme = std::fs::read_to_string(readme_path()).unwrap();
+    let (mut commands, mut urls) = (0, 0);
+    for entry in std::fs::read_dir(readme_path().with_file_name("deploy")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(readme.contains(&format!("(deploy/{name})")), "{name}");
+        let words =
+            text.split(|character: char| !(character.is_alphanumeric() || character == '_'));
+        // The first is the app's own.
+        let variables =
+            words.filter(|word| word.starts_with("CHAT_MEMORY_") && *word != "CHAT_MEMORY_ADDRESS");
+        for variable in variables {
+            assert!(
+                readme.contains(&format!("`{variable}`")),
+                "{name}: {variable}"
+            );
+        }
+        for line in text.lines().map(str::trim) {
+            if let Some(list) = line.strip_prefix("command: [\"--") {
+                let flags: Vec<String> = serde_json::from_str(&format!("[\"--{list}")).unwrap();
+                let mut arguments = vec!["serve".to_owned()];
+                arguments.extend(flags);
+                arguments.push("--help".to_owned());
+                assert!(run(&arguments).status.success(), "{name}: {line}");
+                commands += 1;
+            }
+            if let Some(url) = line.strip_prefix("CHAT_MEMORY_REDIS: ") {
+                assert!(Redis::connect(Settings::new(url)).is_ok(), "{name}: {url}");
+                urls += 1;
+            }
+        }
+    }
+    assert_eq!((commands, urls), (3, 3));
 }
 
 #[test]
