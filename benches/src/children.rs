@@ -99,8 +99,7 @@ pub struct Redis {
 impl Redis {
     pub fn start(arguments: &[&str]) -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        // Taken and given back: Redis cannot take port 0.
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = free_port()?;
         let process = Command::new("redis-server")
             .args(["--bind", "127.0.0.1", "--port", &port.to_string()])
             .args(["--save", "", "--appendonly", "no", "--loglevel", "warning"])
@@ -151,6 +150,11 @@ impl Redis {
         let calls = line.and_then(|rest| rest.split(',').next()?.parse().ok());
         Ok(calls.unwrap_or(0))
     }
+}
+
+/// A port that was free a moment ago: Redis cannot take port 0.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
 impl Drop for Redis {

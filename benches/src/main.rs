@@ -4,6 +4,7 @@
 //! - [`memory`]: Append and GetMessages, footprint, bytes
 //! - [`peers`]: the servers that it is compared with
 //! - [`turns`]: chat turns
+//! - [`scale`]: more servers, more nodes of a cluster
 //! - [`provider`]: the model of those turns
 //! - [`children`], [`clock`]: processes, their time and memory
 //! - [`report`]: what comes out; [`page`]: the page that is made of it
@@ -28,6 +29,7 @@ mod page;
 mod peers;
 mod provider;
 mod report;
+mod scale;
 mod turns;
 
 /// The generated types of the server's contract.
@@ -110,6 +112,8 @@ enum Part {
     Footprint,
     /// Chat turns: how many at once, their memory, the delay added to a token
     Turns,
+    /// The work of each process, with more servers and more nodes of a cluster
+    Scale,
 }
 
 /// The other processes that this program can be.
@@ -218,6 +222,7 @@ fn run(cli: Cli) -> Result<()> {
             Part::Footprint => on_all_threads()?.block_on(memory::footprint(bench, report))?,
             // Tokens come one by one: a second thread would only be woken in vain.
             Part::Turns => on_one_thread()?.block_on(turns::run(bench, report))?,
+            Part::Scale => on_all_threads()?.block_on(scale::run(bench, report))?,
         }
         // What is measured stays, whatever happens to the next part.
         if let Some(folder) = cli.json.parent() {

@@ -97,7 +97,7 @@ pub fn append_request(session: String, request_id: String) -> AppendRequest {
     }
 }
 
-fn last_request(session: String, count: i32) -> GetMessagesRequest {
+pub fn last_request(session: String, count: i32) -> GetMessagesRequest {
     GetMessagesRequest {
         session_id: session,
         last_messages: Some(count),

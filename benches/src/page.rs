@@ -1,5 +1,5 @@
-//! `docs/benchmarks.md` and its charts, out of a report. What people wrote on the page stays: only
-//! what is between the two marks is written anew.
+//! `docs/benchmarks.md`, the tables of `docs/scaling.md` and their charts, out of a report. What
+//! people wrote on the pages stays: only what is between the two marks is written anew.
 
 use std::{fs, path::Path};
 
@@ -11,6 +11,9 @@ use crate::{
 };
 
 const PAGE: &str = "docs/benchmarks.md";
+const SCALING: &str = "docs/scaling.md";
+/// The chart of that page.
+const SCALING_CHART: &str = "scale";
 const CHARTS: &str = "docs/benchmarks";
 const BEGIN: &str = "<!-- Written by scripts/bench --write-docs: begin -->\n";
 const END: &str = "<!-- Written by scripts/bench --write-docs: end -->\n";
@@ -129,20 +132,94 @@ const FIGURES: [(&str, &str, Reach); 23] = [
     ),
 ];
 
-/// Writes the page and the charts.
+/// The figures of the page about scaling.
+const SCALING_FIGURES: [(&str, &str); 13] = [
+    (
+        "scale_work_per_server_2",
+        "CPU of each of 2 servers / of one alone",
+    ),
+    ("scale_work_per_server_4", "the same of 4"),
+    (
+        "scale_work_per_node_3",
+        "commands of each of 3 masters / of one alone",
+    ),
+    ("scale_work_per_node_6", "the same of 6"),
+    (
+        "scale_cpu_per_node_3",
+        "CPU of each of 3 masters / of one alone",
+    ),
+    ("scale_cpu_per_node_6", "the same of 6"),
+    (
+        "scale_busiest_node_3",
+        "commands of the busiest of 3 masters / of all, on average",
+    ),
+    ("scale_busiest_node_6", "the same of 6"),
+    (
+        "scale_bus_receiver_us_3",
+        "CPU of a message from another of 3 masters, µs",
+    ),
+    ("scale_bus_receiver_us_6", "the same of 6"),
+    ("scale_bus_bytes_3", "its bytes"),
+    ("scale_bus_bytes_6", "the same of 6"),
+    (
+        "scale_index_bytes_per_session",
+        "bytes of the index for each session, on one master",
+    ),
+];
+
+/// Writes the pages of which the report has something, and the charts.
 pub fn write(report: &Report) -> Result<()> {
-    let page = fs::read_to_string(PAGE)?;
-    let (before, rest) = page.split_once(BEGIN).ok_or("the page has no begin mark")?;
-    let (_, after) = rest.split_once(END).ok_or("the page has no end mark")?;
     fs::create_dir_all(CHARTS)?;
     for series in &report.series {
         draw(series)?;
     }
-    fs::write(
-        PAGE,
-        format!("{before}{BEGIN}\n{}\n{END}{after}", generated(report)),
-    )?;
+    if !report.tables.is_empty() {
+        fill(PAGE, &generated(report))?;
+    }
+    if !report.scaling.is_empty() {
+        fill(SCALING, &scaling(report))?;
+    }
     Ok(())
+}
+
+fn fill(path: &str, text: &str) -> Result<()> {
+    let page = fs::read_to_string(path)?;
+    let (before, rest) = page.split_once(BEGIN).ok_or("the page has no begin mark")?;
+    let (_, after) = rest.split_once(END).ok_or("the page has no end mark")?;
+    fs::write(path, format!("{before}{BEGIN}\n{text}\n{END}{after}"))?;
+    Ok(())
+}
+
+fn scaling(report: &Report) -> String {
+    let mut text = String::new();
+    for line in &report.machine {
+        text += &format!("- {line}\n");
+    }
+    text += "\n| figure | what | value | rounds from – to |\n|---|---|---|---|\n";
+    for (name, what) in &SCALING_FIGURES {
+        if let Some(figure) = report.figures.iter().find(|figure| figure.name == *name) {
+            let value = number(figure.value);
+            text += &format!("| `{name}` | {what} | {value} | {} |\n", spread(figure));
+        }
+    }
+    for table in &report.scaling {
+        text += &format!("\n### {}\n\n{}", table.title, table.markdown());
+    }
+    for series in report
+        .series
+        .iter()
+        .filter(|series| series.name == SCALING_CHART)
+    {
+        text += &chart(series);
+    }
+    text
+}
+
+fn chart(series: &Series) -> String {
+    format!(
+        "\n![{} by {}](benchmarks/{}.svg)\n",
+        series.y, series.x, series.name
+    )
 }
 
 fn generated(report: &Report) -> String {
@@ -161,13 +238,26 @@ fn generated(report: &Report) -> String {
         text += &format!("\n### {}\n\n{}", table.title, table.markdown());
     }
     text += "\n### Charts\n";
-    for series in &report.series {
-        text += &format!(
-            "\n![{} by {}](benchmarks/{}.svg)\n",
-            series.y, series.x, series.name
-        );
+    for series in report
+        .series
+        .iter()
+        .filter(|series| series.name != SCALING_CHART)
+    {
+        text += &chart(series);
     }
     text
+}
+
+/// From the least to the most, where there are several rounds.
+fn spread(figure: &Figure) -> String {
+    match &figure.rounds[..] {
+        [] | [_] => String::new(),
+        rounds => {
+            let least = rounds.iter().copied().fold(f64::INFINITY, f64::min);
+            let most = rounds.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            format!("{} – {}", number(least), number(most))
+        }
+    }
 }
 
 fn figure_row(figure: &Figure, what: &str, reach: &Reach) -> String {
@@ -181,14 +271,7 @@ fn figure_row(figure: &Figure, what: &str, reach: &Reach) -> String {
         (_, true) => "reached",
         (_, false) => "**missed**",
     };
-    let spread = match &figure.rounds[..] {
-        [] | [_] => String::new(),
-        rounds => {
-            let least = rounds.iter().copied().fold(f64::INFINITY, f64::min);
-            let most = rounds.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            format!("{} – {}", number(least), number(most))
-        }
-    };
+    let spread = spread(figure);
     let value = number(figure.value);
     format!(
         "| `{}` | {what} | {wanted} | {value} | {spread} | {verdict} |\n",
@@ -230,7 +313,11 @@ fn draw(series: &Series) -> Result<()> {
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(70);
-    // Everything but throughput spans powers.
+    let legend = match series.name.as_str() {
+        SCALING_CHART => SeriesLabelPosition::UpperRight,
+        _ => SeriesLabelPosition::UpperLeft,
+    };
+    // Everything but throughput and shares spans powers.
     macro_rules! chart {
         ($x:expr, $y:expr, $x_label:expr) => {{
             let mut chart = builder.build_cartesian_2d($x, $y)?;
@@ -255,7 +342,7 @@ fn draw(series: &Series) -> Result<()> {
             }
             chart
                 .configure_series_labels()
-                .position(SeriesLabelPosition::UpperLeft)
+                .position(legend.clone())
                 .background_style(WHITE.mix(0.8))
                 .border_style(RGBColor(200, 200, 200))
                 .draw()?;
@@ -274,6 +361,7 @@ fn draw(series: &Series) -> Result<()> {
                 plain
             );
         }
+        SCALING_CHART => chart!(0.0..x_max * 1.1, 0.0..y_max * 1.15, plain),
         _ => chart!((x_min..x_max).log_scale(), 0.0..y_max * 1.15, plain),
     }
     root.present()?;

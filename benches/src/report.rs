@@ -39,6 +39,10 @@ impl Table {
         self.notes.push(note);
     }
 
+    fn show(&self) {
+        println!("\n{}\n\n{}", self.title, self.markdown());
+    }
+
     /// As Markdown, with columns of one width each.
     pub fn markdown(&self) -> String {
         let widths: Vec<usize> = (0..self.head.len())
@@ -101,6 +105,9 @@ pub struct Report {
     pub figures: Vec<Figure>,
     pub tables: Vec<Table>,
     pub series: Vec<Series>,
+    /// The tables of another page.
+    #[serde(default)]
+    pub scaling: Vec<Table>,
 }
 
 impl Report {
@@ -125,8 +132,14 @@ impl Report {
 
     /// Shows a table and keeps it.
     pub fn table(&mut self, table: Table) {
-        println!("\n{}\n\n{}", table.title, table.markdown());
+        table.show();
         self.tables.push(table);
+    }
+
+    /// Shows a table of the page about scaling and keeps it.
+    pub fn scaling(&mut self, table: Table) {
+        table.show();
+        self.scaling.push(table);
     }
 }
 
