@@ -1,6 +1,6 @@
 //! The README is true: its grpcurl commands are run as they stand there, by the real grpcurl, and
 //! print what they print there; its table holds every flag of the program. The examples in deploy/
-//! name settings that exist.
+//! name settings that exist, and docs/scaling.md shows what `scripts/size` says.
 //!
 //! `UPDATE_README=1 cargo test --test readme` writes what they print now into the README.
 
@@ -170,6 +170,27 @@ async fn the_examples_of_deployment_name_settings_that_exist() {
         }
     }
     assert_eq!((commands, urls), (3, 3));
+}
+
+#[test]
+fn the_sizes_on_paper_are_what_the_script_says() {
+    let root = readme_path();
+    let folder = root.parent().unwrap();
+    let page = std::fs::read_to_string(folder.join("docs/scaling.md")).unwrap();
+    let mut count = 0;
+    for block in page.split("```text\n$ ").skip(1) {
+        let (command, shown) = block.split_once('\n').unwrap();
+        let shown = shown.split("\n```").next().unwrap();
+        let output = Command::new("sh")
+            .args(["-c", command])
+            .current_dir(folder)
+            .output()
+            .unwrap();
+        let printed = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(printed.trim_end(), shown, "{command}");
+        count += 1;
+    }
+    assert_eq!(count, 2);
 }
 
 #[test]
