@@ -10,7 +10,7 @@ use std::time::Instant;
 use chat_memory::pb::{self, watch_response::Event};
 use chat_memory::store::redis::{Redis, Settings};
 use chat_memory::store::sessions::{Fork, Forked, ListRecent, Rewind, Rewound, SessionStore as _};
-use chat_memory::store::{List, Store as _};
+use chat_memory::store::{Error, List, Store as _};
 
 use harness::cluster::Cluster;
 use harness::failover::Load;
@@ -284,6 +284,79 @@ async fn slots_may_move_under_load() {
     load.progress_of_all(20).await;
     let (_, missing) = load.check(&stores[0]).await;
     assert_eq!(missing, 0);
+}
+
+#[tokio::test]
+async fn a_write_waits_for_a_slot_that_is_half_moved_and_is_not_made_if_that_takes_too_long() {
+    let cluster = Cluster::without_replicas().await;
+    let settings = Settings {
+        timeout_ms: 200,
+        ..Settings::new(cluster.url())
+    };
+    let store = Redis::connect(settings).unwrap();
+    store.ready(LIMIT).await.unwrap();
+    let id = session("a");
+    store.append(&id, batch(["1"])).await.unwrap();
+
+    let list = "message_store:a";
+    let slot = cluster.slot(list).await;
+    let from = cluster.master(slot).await;
+    let to = (from + 1) % 3;
+    let (source, target) = (&cluster.nodes[from], &cluster.nodes[to]);
+    let slot = slot.to_string();
+    let from_id: String = source.command(&["CLUSTER", "MYID"]).await;
+    let to_id: String = target.command(&["CLUSTER", "MYID"]).await;
+    let importing = ["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id];
+    target.command::<()>(&importing).await;
+    let migrating = ["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id];
+    source.command::<()>(&migrating).await;
+    let address = target.address();
+    let (host, port) = address.split_once(':').unwrap();
+    let migrate = async |key: &str| {
+        let migrate = ["MIGRATE", host, port, key, "0", "5000"];
+        source.command::<()>(&migrate).await;
+    };
+    migrate(list).await;
+    let append = batch(["2"]);
+    let error = store.append(&id, append.clone()).await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)), "{error}");
+    assert!(error.to_string().contains("TRYAGAIN"), "{error}");
+    // Others are served meanwhile.
+    let other = session("b");
+    store.append(&other, batch(["1"])).await.unwrap();
+
+    // One with more time is tried until all is there.
+    let refused = async || -> Vec<String> {
+        let mut counts = Vec::new();
+        for node in [source, target] {
+            let info: String = node.command(&["INFO", "errorstats"]).await;
+            counts.extend(
+                info.lines()
+                    .filter(|line| line.contains("TRYAGAIN"))
+                    .map(str::to_owned),
+            );
+        }
+        counts
+    };
+    let before = refused().await;
+    let patient = connect(&cluster).await;
+    let waiting = {
+        let (id, append) = (id.clone(), append.clone());
+        tokio::spawn(async move { patient.append(&id, append).await })
+    };
+    until("the slot is found half moved once more", async || {
+        (refused().await != before).then_some(())
+    })
+    .await;
+    let keys = ["CLUSTER", "GETKEYSINSLOT", &slot, "100"];
+    for key in source.command::<Vec<String>>(&keys).await {
+        migrate(&key).await;
+    }
+    let owner = ["CLUSTER", "SETSLOT", &slot, "NODE", &to_id];
+    target.command::<()>(&owner).await;
+    source.command::<()>(&owner).await;
+    assert!(!waiting.await.unwrap().unwrap().repeated);
+    assert_eq!(texts(&read_all(&store, &id).await), ["1", "2"]);
 }
 
 fn program(cluster: &Cluster, flags: &[&str]) -> Program {
