@@ -17,7 +17,7 @@ const LINGER_MS: i64 = 60 * 60 * 1000;
 /// many as an exchange with a few tool calls has.
 const TRIM_LOOKED_AT_MAX: usize = 1_000;
 
-/// The keys of a session, in the order of the scripts' `KEYS`. `scripts/common.lua` says what they
+/// The keys of a session, in the order of the scripts' `KEYS`. `scripts/keys.lua` says what they
 /// hold.
 ///
 /// They share a slot of a cluster: the list's name is the others' hash tag. That is why neither a
@@ -148,7 +148,15 @@ impl Scripts {
             upkeep.reads_extend,
             or_nil(upkeep.elements_max.map(to_lua)),
         );
-        let common = format!("{limits}{}", include_str!("scripts/common.lua"));
+        let common = [
+            include_str!("scripts/keys.lua"),
+            include_str!("scripts/common.lua"),
+        ]
+        .concat();
+        let append_plain = include_str!("scripts/append_plain.lua");
+        let append = include_str!("scripts/append.lua");
+        let append = Script::new(&format!("{limits}{append_plain}{common}{append}"));
+        let common = format!("{limits}{common}");
         let script = |body: &str| Script::new(&format!("{common}{body}"));
         let of_turns = format!(
             "local PLACE_MS, WAITING_MAX, FOLLOWED_EVERY_MS = \
@@ -159,7 +167,7 @@ impl Scripts {
         let seen = include_str!("scripts/seen.lua");
         let telling_script = |body: &str| Script::new(&format!("{common}{of_turns}{seen}{body}"));
         Self {
-            append: script(include_str!("scripts/append.lua")),
+            append,
             read: script(include_str!("scripts/read.lua")),
             clear: script(include_str!("scripts/clear.lua")),
             expire: script(include_str!("scripts/expire.lua")),
