@@ -704,6 +704,70 @@ fn elements_fetched(commands: &[String]) -> i64 {
 }
 
 #[tokio::test]
+async fn the_newest_are_read_beside_a_script_once_they_are_known_to_be_small() {
+    let (redis, store) = start().await;
+    let with_id = |n: usize, size: usize| format!("{n:size$} \"id\": \"cm_{n:026}\"}}");
+    for n in 1..=3 {
+        append(&store, &[&with_id(n, 10)]).await;
+    }
+    let last = Read {
+        last: Some(2),
+        ..ALL
+    };
+    let mut monitor = Monitor::start(&redis).await;
+    let mut calls = async || {
+        let page = store.read(&session(), last).await.unwrap();
+        assert_eq!(page.elements.len(), 2);
+        let (of_clients, of_scripts) = monitor.commands(&redis).await;
+        let names = of_clients.iter().map(|command| {
+            let name = command.split('"').nth(1).unwrap_or_default();
+            name.to_owned()
+        });
+        (
+            names.collect::<Vec<_>>().join(" "),
+            elements_fetched(&of_scripts),
+        )
+    };
+    const BY_SCRIPT: (&str, i64) = ("EVALSHA", 3);
+    const BESIDE: (&str, i64) = ("MULTI EVALSHA LRANGE EXEC", 1);
+    fn shown(calls: &(String, i64)) -> (&str, i64) {
+        (&calls.0, calls.1)
+    }
+    calls().await; // Loads the script.
+    calls().await;
+    assert_eq!(shown(&calls().await), BESIDE);
+    let _: Value = redis.command(&["SCRIPT", "FLUSH"]).await;
+    calls().await;
+    assert_eq!(shown(&calls().await), BESIDE);
+
+    // A large one by this server; then by another, which this one learns from what it has read.
+    append(&store, &[&with_id(4, 20_000)]).await;
+    calls().await;
+    assert_eq!(shown(&calls().await), BY_SCRIPT);
+    for n in 5..=6 {
+        append(&store, &[&with_id(n, 10)]).await;
+    }
+    calls().await;
+    assert_eq!(shown(&calls().await), BESIDE);
+    append(&store_at(redis.url()).await, &[&with_id(7, 20_000)]).await;
+    calls().await;
+    assert_eq!(shown(&calls().await), BY_SCRIPT);
+
+    // LangChain's: the transaction is tried once, and not again before something is added.
+    for n in 8..=9 {
+        append(&store, &[&with_id(n, 10)]).await;
+    }
+    calls().await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    calls().await;
+    assert_eq!(shown(&calls().await), BY_SCRIPT);
+    assert_eq!(shown(&calls().await), BY_SCRIPT);
+    append(&store, &[&with_id(10, 10)]).await;
+    calls().await;
+    assert_eq!(shown(&calls().await), BESIDE);
+}
+
+#[tokio::test]
 async fn an_append_is_one_round_trip_and_so_is_a_read_which_fetches_what_it_returns() {
     let (redis, store) = start().await;
     let elements: Vec<String> = (1..=100).map(|n| format!("element {n}")).collect();

@@ -588,17 +588,27 @@ impl Node {
             commands.cmd("EVALSHA").arg(script.get_hash());
             commands.arg(keys.len()).arg(keys).arg(arguments);
         }
-        match self.query(&commands).await {
-            Err(Failure::Refused(error)) if error.code() == Some("NOSCRIPT") => {
-                let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
-                let mut connection = live.connection.clone();
-                let invocation = script.prepare_invoke();
-                self.settle(&live, invocation.load_async(&mut connection))
-                    .await?;
-                self.query(&commands).await.map(|(values, _)| values)
-            }
-            answer => answer.map(|(values, _)| values),
+        self.query_by(script, &commands).await
+    }
+
+    /// Like [`query`](Self::query), for commands among which this script is called by its hash.
+    pub(super) async fn query_by(
+        &self,
+        script: &redis::Script,
+        commands: &redis::Pipeline,
+    ) -> Result<Vec<Value>, Failure> {
+        let mut answer = self.query(commands).await;
+        if let Err(Failure::Refused(error)) = &answer
+            && error.code() == Some("NOSCRIPT")
+        {
+            let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
+            let mut connection = live.connection.clone();
+            let invocation = script.prepare_invoke();
+            self.settle(&live, invocation.load_async(&mut connection))
+                .await?;
+            answer = self.query(commands).await;
         }
+        answer.map(|(values, _)| values)
     }
 
     /// A connection that is not known to be broken; or why there was none within the limit.

@@ -10,6 +10,7 @@
 //! - [`connection`]: how Redis is reached, and what happens when it is not
 //! - [`router`]: which connection a command takes; [`cluster`]: the nodes of a cluster, and their slots
 //! - [`sentinel`]: where the master is that Sentinels watch over; [`url`]: URLs of several servers
+//! - [`lean`]: which sessions have small elements, and so can be read in a quicker way
 //! - [`writers`]: connections for writes that replicas must have
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
@@ -25,6 +26,7 @@ use tokio::sync::watch;
 use self::connection::{Failure, explain};
 use self::index::Index;
 use self::layout::{Keys, Scripts, pattern};
+use self::lean::{Known, Lean, SMALL_MAX};
 use self::router::{Connection, Target};
 use self::watcher::Watch;
 use super::sessions::Upkeep;
@@ -40,6 +42,7 @@ mod connection;
 mod index;
 pub mod inspect;
 mod layout;
+mod lean;
 mod router;
 mod sentinel;
 mod sessions;
@@ -59,6 +62,9 @@ const STAMP_BYTES: usize = 10;
 const MARK_BYTES: usize = ID_PREFIX.len() + ulid::ULID_LEN;
 /// How far from the end of an element its id is looked for, in bytes.
 const MARK_WITHIN: usize = 512;
+
+/// Elements that are read by a transaction, at most: 512 KiB if they are small.
+const NEWEST_MAX: usize = 64;
 
 /// Sequences above this are no whole numbers to Lua.
 const SEQUENCE_MAX: Sequence = 1 << 53;
@@ -143,6 +149,7 @@ pub struct Redis {
     scripts: Arc<Scripts>,
     index: Index,
     watch: Watch,
+    lean: Lean,
     key_prefix: String,
     description: String,
 }
@@ -164,6 +171,7 @@ impl Redis {
                 Arc::clone(&scripts),
                 &prefix,
             ),
+            lean: Lean::new(),
             description,
             connection,
             scripts,
@@ -224,6 +232,14 @@ impl Redis {
                 .ok_or_else(|| Error::Corrupt("a script left out a sequence".to_owned()))?;
             elements.push(Element { sequence, body });
         }
+        if newest_of(&read).is_some() {
+            let newest = match read.order {
+                Order::OldestFirst => elements.last(),
+                Order::NewestFirst => elements.first(),
+            };
+            let are_small = newest.is_some_and(has_mark) && are_small(&elements);
+            self.lean.note_small(session, are_small);
+        }
         Ok(Page {
             elements,
             more,
@@ -232,6 +248,82 @@ impl Redis {
             last_sequence,
             epoch,
         })
+    }
+
+    /// Reads a page of the newest elements by a transaction, which copies them less often than a
+    /// script does, but knows no limit of bytes: only for sessions whose newest elements were small
+    /// when they were last seen. `None` if that does not do.
+    async fn read_newest(
+        &self,
+        session: &SessionId,
+        read: Read,
+        element_max: usize,
+    ) -> Result<Option<Page>> {
+        let Some(wanted) = newest_of(&read) else {
+            return Ok(None);
+        };
+        let Some(node) = self
+            .connection
+            .one()
+            .filter(|_| self.lean.of(session) == Known::Small)
+        else {
+            return Ok(None);
+        };
+        let keys = Keys::new(&self.key_prefix, session);
+        let [list, facts, ..] = keys.in_order();
+        let mut commands = redis::pipe();
+        commands.atomic();
+        commands.cmd("EVALSHA").arg(self.scripts.head.get_hash());
+        commands.arg(2).arg(list).arg(facts).arg(now_ms());
+        commands.cmd("LRANGE").arg(list).arg(0).arg(wanted - 1);
+        let values = match node.query_by(&self.scripts.head, &commands).await {
+            Ok(values) => values,
+            // Whatever it is, the other way finds it, too, and says it.
+            Err(Failure::Refused(_)) => Vec::new(),
+            Err(failure) => return Err(failure_of_read(failure)),
+        };
+        let (head, newest) = match <[Value; 2]>::try_from(values) {
+            Ok([Value::Array(head), Value::Array(newest)]) => (head, newest),
+            _ => Default::default(),
+        };
+        let &[Value::Int(last), Value::Int(epoch), Value::Int(length)] = &head[..] else {
+            self.lean.note(session, Known::Unusual);
+            return Ok(None);
+        };
+
+        let mut elements = Vec::with_capacity(newest.len());
+        for (value, sequence) in newest.into_iter().zip((0..=last).rev()) {
+            let Value::BulkString(bytes) = value else {
+                return Err(unexpected(&value));
+            };
+            let body = match bytes.len() > element_max {
+                true => Body::TooLarge(bytes.len()),
+                false => Body::Bytes(Bytes::from(bytes)),
+            };
+            elements.push(Element { sequence, body });
+        }
+        self.lean.note_small(session, are_small(&elements));
+        if read.order == Order::OldestFirst {
+            elements.reverse();
+        }
+        // As read.lua counts: a size takes no room, and the first always comes.
+        let mut bytes = 0;
+        let past_limit = elements.iter().enumerate().position(|(place, element)| {
+            if let Body::Bytes(body) = &element.body {
+                bytes += body.len();
+            }
+            place > 0 && bytes > read.bytes_max
+        });
+        elements.truncate(past_limit.unwrap_or(elements.len()));
+        let range = read.last.map_or(length, |last| to_lua(last).min(length));
+        Ok(Some(Page {
+            more: range > to_lua(elements.len()),
+            elements,
+            after: read.last.map_or(0, |count| (last - to_lua(count)).max(0)),
+            before: last + 1,
+            last_sequence: last,
+            epoch: Epoch(epoch),
+        }))
     }
 
     /// Takes note of a write to a session that was acknowledged.
@@ -278,6 +370,10 @@ impl Store for Redis {
         let answer = answer.map_err(failure_of_write)?;
         if let Value::Int(first_sequence) = answer {
             self.wrote(session);
+            let is_large = |element: &Bytes| element.len() > SMALL_MAX;
+            if append.elements.iter().any(is_large) || self.lean.of(session) == Known::Unusual {
+                self.lean.note(session, Known::Nothing);
+            }
             return Ok(Appended {
                 first_sequence,
                 count: append.elements.len(),
@@ -299,7 +395,11 @@ impl Store for Redis {
     }
 
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page> {
-        self.read_page(session, read, ELEMENT_BYTES_MAX).await
+        let element_max = ELEMENT_BYTES_MAX;
+        match self.read_newest(session, read, element_max).await? {
+            Some(page) => Ok(page),
+            None => self.read_page(session, read, element_max).await,
+        }
     }
 
     async fn clear(&self, session: &SessionId) -> Result<i64> {
@@ -388,6 +488,30 @@ impl Store for Redis {
     fn describe(&self) -> String {
         self.description.clone()
     }
+}
+
+/// How many of the newest elements are asked for, if nothing else is, and they are few.
+fn newest_of(read: &Read) -> Option<usize> {
+    let wanted = match (read.order, read.last) {
+        (Order::OldestFirst, last) => last.filter(|last| *last <= read.limit)?,
+        (Order::NewestFirst, last) => last.unwrap_or(usize::MAX).min(read.limit),
+    };
+    let is_newest = read.after <= 0 && read.before.is_none();
+    (is_newest && (1..=NEWEST_MAX).contains(&wanted)).then_some(wanted)
+}
+
+fn has_mark(element: &Element) -> bool {
+    match &element.body {
+        Body::Bytes(bytes) => mark_of(bytes).is_some(),
+        Body::TooLarge(_) => false,
+    }
+}
+
+fn are_small(elements: &[Element]) -> bool {
+    elements.iter().all(|element| match &element.body {
+        Body::Bytes(bytes) => bytes.len() <= SMALL_MAX,
+        Body::TooLarge(_) => false,
+    })
 }
 
 /// The sequences of a page: the first of each run, and how many there are in it.

@@ -1,6 +1,7 @@
-//! An Append to Redis has a short way for the plain case (`scripts/append_plain.lua`), and must come
-//! to the same as the whole script: random appends and acts of others on two sessions of one Redis,
-//! by a store that takes the short way and by one that never does. Answers and keys must be alike.
+//! Appends and reads of the newest have a short way in Redis for the plain case
+//! (`scripts/append_plain.lua`, `scripts/head.lua`), and must come to the same as the whole scripts:
+//! random calls and acts of others on two sessions of one Redis, by a store that takes the short way
+//! and by one that never does. Answers and keys must be alike.
 
 mod harness;
 
@@ -10,9 +11,9 @@ use bytes::Bytes;
 use chat_memory::message::SessionId;
 use chat_memory::store::redis::{Redis as RedisStore, Settings};
 use chat_memory::store::sessions::{Rewind, SessionStore as _, Upkeep};
-use chat_memory::store::{Append, RequestKey, Store as _};
+use chat_memory::store::{Append, Order, Read, RequestKey, Store as _};
 use harness::redis::Redis;
-use harness::stores::all;
+use harness::stores::bytes;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -29,7 +30,13 @@ enum Act {
         elements: Vec<(bool, u8)>,
         request: Option<(u8, bool)>,
     },
-    Read,
+    /// The newest so many, of at most so many bytes.
+    Read {
+        is_newest_first: bool,
+        last: Option<usize>,
+        limit: usize,
+        bytes_max: usize,
+    },
     Clear,
     Rewind(i64),
     /// A command of others.
@@ -48,7 +55,14 @@ fn act() -> impl Strategy<Value = Act> {
             prop::option::weighted(0.3, (0..4_u8, prop::bool::weighted(0.8))),
         )
             .prop_map(|(elements, request)| Act::Append { elements, request }),
-        3 => Just(Act::Read),
+        12 => (any::<bool>(), prop::option::of(1..6_usize), 1..6_usize, 0..200_usize).prop_map(
+            |(is_newest_first, last, limit, bytes_max)| Act::Read {
+                is_newest_first,
+                last,
+                limit,
+                bytes_max,
+            }
+        ),
         1 => Just(Act::Clear),
         1 => (0..4_i64).prop_map(Act::Rewind),
         2 => others(&["LPUSH", "K", "theirs"]),
@@ -90,7 +104,34 @@ async fn do_it(store: &RedisStore, redis: &Redis, id: &str, act: &Act, time_ms: 
             };
             format!("{:?}", store.append(&session, append).await)
         }
-        Act::Read => format!("{:?}", store.read(&session, all()).await),
+        Act::Read {
+            is_newest_first,
+            last,
+            limit,
+            bytes_max,
+        } => {
+            let order = match is_newest_first {
+                true => Order::NewestFirst,
+                false => Order::OldestFirst,
+            };
+            let read = Read {
+                order,
+                after: 0,
+                // Says nothing, and makes it no read of the newest.
+                before: (id == WHOLE).then_some(1 << 50),
+                last: *last,
+                limit: *limit,
+                bytes_max: *bytes_max,
+            };
+            let mut page = store.read(&session, read).await.unwrap();
+            page.before = page.before.min(page.last_sequence + 1);
+            let elements: Vec<_> = page
+                .elements
+                .iter()
+                .map(|e| (e.sequence, bytes(e)))
+                .collect();
+            format!("{page:?} {elements:?}")
+        }
         Act::Clear => format!("{:?}", store.clear(&session).await),
         Act::Rewind(after) => {
             let rewind = Rewind {
@@ -231,4 +272,5 @@ fn the_short_way_comes_to_the_same_as_the_whole_script() {
         of("time") < of("evalsha") * 19 / 20,
         "the short way asks for no time"
     );
+    assert!(of("exec") > 100, "only the short way has transactions");
 }
