@@ -172,8 +172,9 @@ impl Server {
     /// Connects, logs in, and finds out whether this Redis will do.
     async fn connect(&self) -> Result<Live, String> {
         let stream = self.dial().await?;
+        // Whoever waits for an answer limits the wait: a limit of the library's would be a second one.
         let config = AsyncConnectionConfig::new()
-            .set_response_timeout(Some(self.timeout))
+            .set_response_timeout(None)
             .set_pipeline_buffer_size(QUEUE_MAX);
         let (mut connection, driver) =
             MultiplexedConnection::new_with_config(&self.handshake, stream, config)
@@ -683,7 +684,7 @@ async fn supervise(target: Server, state: watch::Sender<State>, reachable: watch
                 let since = Instant::now();
                 state.send_replace(State::Connected(live.clone()));
                 reachable.send_replace(true);
-                let reason = watch_over(live).await;
+                let reason = watch_over(live, target.timeout).await;
                 tracing::warn!(redis = target.describe(), reason, "connection lost");
                 state.send_replace(State::Disconnected(reason));
                 reachable.send_replace(false);
@@ -708,7 +709,7 @@ async fn supervise(target: Server, state: watch::Sender<State>, reachable: watch
 }
 
 /// Returns when a connection does not work any more, and why.
-async fn watch_over(live: Live) -> String {
+async fn watch_over(live: Live, timeout: Duration) -> String {
     let Live {
         mut connection,
         broken,
@@ -720,8 +721,10 @@ async fn watch_over(live: Live) -> String {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            if let Err(reason) = ping(&mut connection).await {
-                return reason;
+            match time::timeout(timeout, ping(&mut connection)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(reason)) => return reason,
+                Err(_) => return format!("no answer in {} ms", timeout.as_millis()),
             }
         }
     };

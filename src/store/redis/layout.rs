@@ -149,11 +149,8 @@ impl Scripts {
             upkeep.reads_extend,
             or_nil(upkeep.elements_max.map(to_lua)),
         );
-        let common = [
-            include_str!("scripts/keys.lua"),
-            include_str!("scripts/common.lua"),
-        ]
-        .concat();
+        let keys = include_str!("scripts/keys.lua");
+        let common = [keys, include_str!("scripts/common.lua")].concat();
         let append_plain = include_str!("scripts/append_plain.lua");
         let append = include_str!("scripts/append.lua");
         let append = Script::new(&format!("{limits}{append_plain}{common}{append}"));
@@ -170,7 +167,7 @@ impl Scripts {
         Self {
             append,
             read: script(include_str!("scripts/read.lua")),
-            head: Script::new(include_str!("scripts/head.lua")),
+            head: Script::new(&[keys, include_str!("scripts/head.lua")].concat()),
             clear: script(include_str!("scripts/clear.lua")),
             expire: script(include_str!("scripts/expire.lua")),
             look: telling_script(include_str!("scripts/look.lua")),

@@ -233,12 +233,7 @@ impl Redis {
             elements.push(Element { sequence, body });
         }
         if newest_of(&read).is_some() {
-            let newest = match read.order {
-                Order::OldestFirst => elements.last(),
-                Order::NewestFirst => elements.first(),
-            };
-            let are_small = newest.is_some_and(has_mark) && are_small(&elements);
-            self.lean.note_small(session, are_small);
+            self.lean.note_small(session, are_small(&elements));
         }
         Ok(Page {
             elements,
@@ -282,12 +277,11 @@ impl Redis {
             Err(Failure::Refused(_)) => Vec::new(),
             Err(failure) => return Err(failure_of_read(failure)),
         };
-        let (head, newest) = match <[Value; 2]>::try_from(values) {
-            Ok([Value::Array(head), Value::Array(newest)]) => (head, newest),
-            _ => Default::default(),
+        let Ok([Value::Array(head), Value::Array(newest)]) = <[Value; 2]>::try_from(values) else {
+            self.lean.note(session, Known::Unusual);
+            return Ok(None);
         };
         let &[Value::Int(last), Value::Int(epoch), Value::Int(length)] = &head[..] else {
-            self.lean.note(session, Known::Unusual);
             return Ok(None);
         };
 
@@ -498,13 +492,6 @@ fn newest_of(read: &Read) -> Option<usize> {
     };
     let is_newest = read.after <= 0 && read.before.is_none();
     (is_newest && (1..=NEWEST_MAX).contains(&wanted)).then_some(wanted)
-}
-
-fn has_mark(element: &Element) -> bool {
-    match &element.body {
-        Body::Bytes(bytes) => mark_of(bytes).is_some(),
-        Body::TooLarge(_) => false,
-    }
 }
 
 fn are_small(elements: &[Element]) -> bool {
