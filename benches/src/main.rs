@@ -5,6 +5,7 @@
 //! - [`peers`]: the servers that it is compared with
 //! - [`turns`]: chat turns
 //! - [`provider`]: the model of those turns
+//! - [`flame`]: where the server's time goes
 //! - [`children`], [`clock`]: processes, their time and memory
 //! - [`report`]: what comes out; [`page`]: the page that is made of it
 
@@ -22,6 +23,7 @@ use report::Report;
 
 mod children;
 mod clock;
+mod flame;
 mod load;
 mod memory;
 mod page;
@@ -110,6 +112,8 @@ enum Part {
     Footprint,
     /// Chat turns: how many at once, their memory, the delay added to a token
     Turns,
+    /// Flame graphs of Append and GetMessages into docs/benchmarks; only when it is named
+    Flame,
 }
 
 /// The other processes that this program can be.
@@ -207,6 +211,9 @@ fn run(cli: Cli) -> Result<()> {
         [] => Part::value_variants(),
         parts => parts,
     };
+    if parts.contains(&Part::Flame) && !cli.parts.is_empty() {
+        on_all_threads()?.block_on(flame::draw(&bench))?;
+    }
     for part in parts {
         let (bench, report) = (&bench, &mut report);
         match part {
@@ -218,6 +225,8 @@ fn run(cli: Cli) -> Result<()> {
             Part::Footprint => on_all_threads()?.block_on(memory::footprint(bench, report))?,
             // Tokens come one by one: a second thread would only be woken in vain.
             Part::Turns => on_one_thread()?.block_on(turns::run(bench, report))?,
+            // Its program is another one.
+            Part::Flame => continue,
         }
         // What is measured stays, whatever happens to the next part.
         if let Some(folder) = cli.json.parent() {
