@@ -607,7 +607,7 @@ pub fn now_ms() -> UnixMillis {
 /// at which the message was created.
 ///
 /// (Not `msg_`: LangChain sends ids that begin so to OpenAI as OpenAI's own.)
-const ID_PREFIX: &str = "cm_";
+pub const ID_PREFIX: &str = "cm_";
 
 /// Makes the id of a message that the client gave none: `cm_` and a ULID of the time and of what
 /// makes the message unique. The same arguments give the same id, so a repeated request can be

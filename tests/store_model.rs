@@ -78,7 +78,9 @@ fn operations() -> impl Strategy<Value = Vec<(usize, Operation)>> {
 
 fn operation() -> impl Strategy<Value = Operation> {
     let element = prop_oneof![
-        8 => prop::collection::vec(any::<u8>(), 0..12),
+        4 => prop::collection::vec(any::<u8>(), 0..12),
+        // With an id as the server makes it, by which a store may know it.
+        6 => any::<u32>().prop_map(|n| format!(r#"{{"id": "cm_{n:026}"}}"#).into_bytes()),
         1 => prop::collection::vec(any::<u8>(), 1_000..3_000),
         3 => Just(QUESTION.to_vec()),
     ];
@@ -104,7 +106,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         prop::option::of(-12..4_i64),
         prop::option::of(0..12_usize),
         prop_oneof![1..8_usize, Just(1_000)],
-        prop_oneof![0..40_usize, Just(5_000), Just(usize::MAX)],
+        prop_oneof![0..100_usize, Just(5_000), Just(usize::MAX)],
     )
         .prop_map(
             |(is_newest_first, after, before, last, limit, bytes_max)| Operation::Read {

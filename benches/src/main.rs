@@ -6,6 +6,7 @@
 //! - [`turns`]: chat turns
 //! - [`scale`]: more servers, more nodes of a cluster
 //! - [`provider`]: the model of those turns
+//! - [`flame`]: where the server's time goes
 //! - [`children`], [`clock`]: processes, their time and memory
 //! - [`report`]: what comes out; [`page`]: the page that is made of it
 
@@ -23,6 +24,7 @@ use report::Report;
 
 mod children;
 mod clock;
+mod flame;
 mod load;
 mod memory;
 mod page;
@@ -114,6 +116,8 @@ enum Part {
     Turns,
     /// The work of each process, with more servers and more nodes of a cluster
     Scale,
+    /// Flame graphs of Append and GetMessages into docs/benchmarks; only when it is named
+    Flame,
 }
 
 /// The other processes that this program can be.
@@ -211,6 +215,9 @@ fn run(cli: Cli) -> Result<()> {
         [] => Part::value_variants(),
         parts => parts,
     };
+    if parts.contains(&Part::Flame) && !cli.parts.is_empty() {
+        on_all_threads()?.block_on(flame::draw(&bench))?;
+    }
     for part in parts {
         let (bench, report) = (&bench, &mut report);
         match part {
@@ -223,6 +230,8 @@ fn run(cli: Cli) -> Result<()> {
             // Tokens come one by one: a second thread would only be woken in vain.
             Part::Turns => on_one_thread()?.block_on(turns::run(bench, report))?,
             Part::Scale => on_all_threads()?.block_on(scale::run(bench, report))?,
+            // Its program is another one.
+            Part::Flame => continue,
         }
         // What is measured stays, whatever happens to the next part.
         if let Some(folder) = cli.json.parent() {

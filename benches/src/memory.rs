@@ -29,7 +29,7 @@ use crate::{
 /// Bytes of the text of a message.
 pub const CONTENT_BYTES: usize = 300;
 /// Callers at once, where nothing else is said.
-const CALLERS: usize = 64;
+pub const CALLERS: usize = 64;
 /// Messages in the sessions that are read.
 const LONG: usize = 10_000;
 /// Sessions of that length, so that callers do not all read the same one.
@@ -260,6 +260,28 @@ impl Stage {
                 expect(answer.messages.len(), count)
             })
         })
+    }
+
+    /// Appends, of callers with a session each.
+    pub fn append_alone(&self) -> Target {
+        self.append(OURS, |caller, _| format!("append-alone-{caller}"))
+    }
+
+    /// Reads of the last 50 of long sessions, which are made first.
+    pub fn read_alone(&self) -> Result<Target> {
+        for caller in 0..LONG_SESSIONS {
+            self.fill(&long_session(caller), LONG)?;
+        }
+        Ok(self.read(OURS, LAST, |caller, _| long_session(caller)))
+    }
+
+    pub fn server_id(&self) -> u32 {
+        self.server.id()
+    }
+
+    /// Where files may be until the end.
+    pub fn folder(&self) -> &Path {
+        self._folder.path()
     }
 
     /// Fills a list as LangChain would have, but quickly.

@@ -189,8 +189,9 @@ impl Server {
     /// Connects, logs in, and finds out whether this Redis will do.
     async fn connect(&self) -> Result<Live, String> {
         let stream = self.dial().await?;
+        // Whoever waits for an answer limits the wait: a limit of the library's would be a second one.
         let config = AsyncConnectionConfig::new()
-            .set_response_timeout(Some(self.timeout))
+            .set_response_timeout(None)
             .set_pipeline_buffer_size(QUEUE_MAX);
         let (mut connection, driver) =
             MultiplexedConnection::new_with_config(&self.handshake, stream, config)
@@ -602,17 +603,27 @@ impl Node {
             commands.cmd("EVALSHA").arg(script.get_hash());
             commands.arg(keys.len()).arg(keys).arg(arguments);
         }
-        match self.query(&commands).await {
-            Err(Failure::Refused(error)) if error.code() == Some("NOSCRIPT") => {
-                let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
-                let mut connection = live.connection.clone();
-                let invocation = script.prepare_invoke();
-                self.settle(&live, invocation.load_async(&mut connection))
-                    .await?;
-                self.query(&commands).await.map(|(values, _)| values)
-            }
-            answer => answer.map(|(values, _)| values),
+        self.query_by(script, &commands).await
+    }
+
+    /// Like [`query`](Self::query), for commands among which this script is called by its hash.
+    pub(super) async fn query_by(
+        &self,
+        script: &redis::Script,
+        commands: &redis::Pipeline,
+    ) -> Result<Vec<Value>, Failure> {
+        let mut answer = self.query(commands).await;
+        if let Err(Failure::Refused(error)) = &answer
+            && error.code() == Some("NOSCRIPT")
+        {
+            let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
+            let mut connection = live.connection.clone();
+            let invocation = script.prepare_invoke();
+            self.settle(&live, invocation.load_async(&mut connection))
+                .await?;
+            answer = self.query(commands).await;
         }
+        answer.map(|(values, _)| values)
     }
 
     /// A connection that is not known to be broken; or why there was none within the limit.
@@ -687,7 +698,7 @@ async fn supervise(target: Server, state: watch::Sender<State>, reachable: watch
                 let since = Instant::now();
                 state.send_replace(State::Connected(live.clone()));
                 reachable.send_replace(true);
-                let reason = watch_over(live).await;
+                let reason = watch_over(live, target.timeout).await;
                 tracing::warn!(redis = target.describe(), reason, "connection lost");
                 state.send_replace(State::Disconnected(reason));
                 reachable.send_replace(false);
@@ -712,7 +723,7 @@ async fn supervise(target: Server, state: watch::Sender<State>, reachable: watch
 }
 
 /// Returns when a connection does not work any more, and why.
-async fn watch_over(live: Live) -> String {
+async fn watch_over(live: Live, timeout: Duration) -> String {
     let Live {
         mut connection,
         broken,
@@ -724,8 +735,10 @@ async fn watch_over(live: Live) -> String {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            if let Err(reason) = ping(&mut connection).await {
-                return reason;
+            match time::timeout(timeout, ping(&mut connection)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(reason)) => return reason,
+                Err(_) => return format!("no answer in {} ms", timeout.as_millis()),
             }
         }
     };

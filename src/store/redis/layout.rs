@@ -17,7 +17,7 @@ const LINGER_MS: i64 = 60 * 60 * 1000;
 /// many as an exchange with a few tool calls has.
 const TRIM_LOOKED_AT_MAX: usize = 1_000;
 
-/// The keys of a session, in the order of the scripts' `KEYS`. `scripts/common.lua` says what they
+/// The keys of a session, in the order of the scripts' `KEYS`. `scripts/keys.lua` says what they
 /// hold.
 ///
 /// They share a slot of a cluster: the list's name is the others' hash tag. That is why neither a
@@ -118,6 +118,7 @@ pub(super) fn pattern(prefix: &str) -> String {
 pub(super) struct Scripts {
     pub(super) append: Script,
     pub(super) read: Script,
+    pub(super) head: Script,
     pub(super) clear: Script,
     pub(super) expire: Script,
     pub(super) look: Script,
@@ -148,7 +149,12 @@ impl Scripts {
             upkeep.reads_extend,
             or_nil(upkeep.elements_max.map(to_lua)),
         );
-        let common = format!("{limits}{}", include_str!("scripts/common.lua"));
+        let keys = include_str!("scripts/keys.lua");
+        let common = [keys, include_str!("scripts/common.lua")].concat();
+        let append_plain = include_str!("scripts/append_plain.lua");
+        let append = include_str!("scripts/append.lua");
+        let append = Script::new(&format!("{limits}{append_plain}{common}{append}"));
+        let common = format!("{limits}{common}");
         let script = |body: &str| Script::new(&format!("{common}{body}"));
         let of_turns = format!(
             "local PLACE_MS, WAITING_MAX, FOLLOWED_EVERY_MS = \
@@ -159,8 +165,9 @@ impl Scripts {
         let seen = include_str!("scripts/seen.lua");
         let telling_script = |body: &str| Script::new(&format!("{common}{of_turns}{seen}{body}"));
         Self {
-            append: script(include_str!("scripts/append.lua")),
+            append,
             read: script(include_str!("scripts/read.lua")),
+            head: Script::new(&[keys, include_str!("scripts/head.lua")].concat()),
             clear: script(include_str!("scripts/clear.lua")),
             expire: script(include_str!("scripts/expire.lua")),
             look: telling_script(include_str!("scripts/look.lua")),

@@ -1,7 +1,7 @@
 //! The Redis store: LangChain's lists, and beside each a few small keys of our own. Every call is
 //! one script, which Redis runs as a whole (besides it, turns note which of them run). Knows no gRPC, no models, and not what the bytes mean.
 //!
-//! - `scripts/*.lua`: what is kept and what each call does; begin with `common.lua`
+//! - `scripts/*.lua`: what is kept and what each call does; begin with `keys.lua`
 //! - [`layout`]: the names of the keys
 //! - [`turns`]: passes arguments to the scripts on turns and parses what they reply
 //! - [`sessions`]: the same for sessions as a whole, and how one is copied
@@ -10,6 +10,7 @@
 //! - [`connection`]: how Redis is reached, and what happens when it is not
 //! - [`router`]: which connection a command takes; [`cluster`]: the nodes of a cluster, and their slots
 //! - [`sentinel`]: where the master is that Sentinels watch over; [`url`]: URLs of several servers
+//! - [`lean`]: which sessions have small elements, and so can be read in a quicker way
 //! - [`writers`]: connections for writes that replicas must have
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
@@ -25,14 +26,15 @@ use tokio::sync::watch;
 use self::connection::{Failure, explain};
 use self::index::Index;
 use self::layout::{Keys, Scripts, pattern};
+use self::lean::{Known, Lean, SMALL_MAX};
 use self::router::{Connection, Target};
 use self::watcher::Watch;
 use super::sessions::Upkeep;
 use super::{
     Append, Appended, Body, Cursor, ELEMENT_BYTES_MAX, Element, Epoch, Error, List, Order, Page,
-    Read, Result, Sequence, SessionsPage, Store,
+    REQUEST_MEMORY_MS, Read, RequestKey, Result, Sequence, SessionsPage, Store,
 };
-use crate::message::{SessionId, UnixMillis, now_ms};
+use crate::message::{ID_PREFIX, SessionId, UnixMillis, now_ms};
 use crate::secret::Secret;
 
 mod cluster;
@@ -40,6 +42,7 @@ mod connection;
 mod index;
 pub mod inspect;
 mod layout;
+mod lean;
 mod router;
 mod sentinel;
 mod sessions;
@@ -52,6 +55,16 @@ mod writers;
 pub const KEY_PREFIX_DEFAULT: &str = "message_store:";
 /// How long an answer of Redis may take by default.
 pub const TIMEOUT_MS_DEFAULT: u64 = 2_000;
+
+/// Bytes of a stamp: what was asked, and when.
+const STAMP_BYTES: usize = 10;
+/// Bytes of an id that the server makes: its prefix and a ULID.
+const MARK_BYTES: usize = ID_PREFIX.len() + ulid::ULID_LEN;
+/// How far from the end of an element its id is looked for, in bytes.
+const MARK_WITHIN: usize = 512;
+
+/// Elements that are read by a transaction, at most: 512 KiB if they are small.
+const NEWEST_MAX: usize = 64;
 
 /// Sequences above this are no whole numbers to Lua.
 const SEQUENCE_MAX: Sequence = 1 << 53;
@@ -136,6 +149,7 @@ pub struct Redis {
     scripts: Arc<Scripts>,
     index: Index,
     watch: Watch,
+    lean: Lean,
     key_prefix: String,
     description: String,
 }
@@ -157,6 +171,7 @@ impl Redis {
                 Arc::clone(&scripts),
                 &prefix,
             ),
+            lean: Lean::new(),
             description,
             connection,
             scripts,
@@ -217,6 +232,9 @@ impl Redis {
                 .ok_or_else(|| Error::Corrupt("a script left out a sequence".to_owned()))?;
             elements.push(Element { sequence, body });
         }
+        if newest_of(&read).is_some() {
+            self.lean.note_small(session, are_small(&elements));
+        }
         Ok(Page {
             elements,
             more,
@@ -225,6 +243,81 @@ impl Redis {
             last_sequence,
             epoch,
         })
+    }
+
+    /// Reads a page of the newest elements by a transaction, which copies them less often than a
+    /// script does, but knows no limit of bytes: only for sessions whose newest elements were small
+    /// when they were last seen. `None` if that does not do.
+    async fn read_newest(
+        &self,
+        session: &SessionId,
+        read: Read,
+        element_max: usize,
+    ) -> Result<Option<Page>> {
+        let Some(wanted) = newest_of(&read) else {
+            return Ok(None);
+        };
+        let Some(node) = self
+            .connection
+            .one()
+            .filter(|_| self.lean.of(session) == Known::Small)
+        else {
+            return Ok(None);
+        };
+        let keys = Keys::new(&self.key_prefix, session);
+        let [list, facts, ..] = keys.in_order();
+        let mut commands = redis::pipe();
+        commands.atomic();
+        commands.cmd("EVALSHA").arg(self.scripts.head.get_hash());
+        commands.arg(2).arg(list).arg(facts).arg(now_ms());
+        commands.cmd("LRANGE").arg(list).arg(0).arg(wanted - 1);
+        let values = match node.query_by(&self.scripts.head, &commands).await {
+            Ok(values) => values,
+            // Whatever it is, the other way finds it, too, and says it.
+            Err(Failure::Refused(_)) => Vec::new(),
+            Err(failure) => return Err(failure_of_read(failure)),
+        };
+        let Ok([Value::Array(head), Value::Array(newest)]) = <[Value; 2]>::try_from(values) else {
+            self.lean.note(session, Known::Unusual);
+            return Ok(None);
+        };
+        let &[Value::Int(last), Value::Int(epoch), Value::Int(length)] = &head[..] else {
+            return Ok(None);
+        };
+
+        let mut elements = Vec::with_capacity(newest.len());
+        for (value, sequence) in newest.into_iter().zip((0..=last).rev()) {
+            let Value::BulkString(bytes) = value else {
+                return Err(unexpected(&value));
+            };
+            let body = match bytes.len() > element_max {
+                true => Body::TooLarge(bytes.len()),
+                false => Body::Bytes(Bytes::from(bytes)),
+            };
+            elements.push(Element { sequence, body });
+        }
+        self.lean.note_small(session, are_small(&elements));
+        if read.order == Order::OldestFirst {
+            elements.reverse();
+        }
+        // As read.lua counts: a size takes no room, and the first always comes.
+        let mut bytes = 0;
+        let past_limit = elements.iter().enumerate().position(|(place, element)| {
+            if let Body::Bytes(body) = &element.body {
+                bytes += body.len();
+            }
+            place > 0 && bytes > read.bytes_max
+        });
+        elements.truncate(past_limit.unwrap_or(elements.len()));
+        let range = read.last.map_or(length, |last| to_lua(last).min(length));
+        Ok(Some(Page {
+            more: range > to_lua(elements.len()),
+            elements,
+            after: read.last.map_or(0, |count| (last - to_lua(count)).max(0)),
+            before: last + 1,
+            last_sequence: last,
+            epoch: Epoch(epoch),
+        }))
     }
 
     /// Takes note of a write to a session that was acknowledged.
@@ -250,23 +343,41 @@ impl Redis {
 impl Store for Redis {
     async fn append(&self, session: &SessionId, append: Append) -> Result<Appended> {
         let mut script = self.invocation(&self.scripts.append, session);
+        let mut conditions = String::new();
+        if append.expected_last_sequence.is_some() || append.expected_epoch.is_some() {
+            let last = optional(append.expected_last_sequence);
+            let epoch = optional(append.expected_epoch.map(|epoch| epoch.0));
+            conditions = format!("{last},{epoch}");
+        }
+        let today = now_ms().div_euclid(REQUEST_MEMORY_MS);
+        let mark = append.elements.last().and_then(|last| mark_of(last));
         script
-            .arg(&append.request.id)
-            .arg(&append.request.fingerprint)
-            .arg(&append.time_ms.to_be_bytes())
-            .arg(optional(append.expected_last_sequence))
-            .arg(optional(append.expected_epoch.map(|epoch| epoch.0)));
+            .arg(request_field(&append.request))
+            .arg(&stamp(&append.request, append.time_ms))
+            .arg(today)
+            .arg(mark.unwrap_or_default())
+            .arg(conditions);
         for element in &append.elements {
             script.arg(element.as_ref());
         }
         let answer = self.connection.write_repeatable(&script).await;
-        let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
-        match reply.word.as_str() {
-            "stored" => {
-                self.wrote(session);
-                Ok(parse_record(&reply.bytes()?, false)?)
+        let answer = answer.map_err(failure_of_write)?;
+        if let Value::Int(first_sequence) = answer {
+            self.wrote(session);
+            let is_large = |element: &Bytes| element.len() > SMALL_MAX;
+            if append.elements.iter().any(is_large) || self.lean.of(session) == Known::Unusual {
+                self.lean.note(session, Known::Nothing);
             }
-            "repeated" => Ok(parse_record(&reply.bytes()?, true)?),
+            return Ok(Appended {
+                first_sequence,
+                count: append.elements.len(),
+                time_ms: append.time_ms,
+                repeated: false,
+            });
+        }
+        let mut reply = Reply::of(answer)?;
+        match reply.word.as_str() {
+            "repeated" => parse_record(&reply.bytes()?),
             "reused" => Err(Error::RequestReused),
             "cleared" => Err(Error::Cleared),
             "mismatch" => Err(Error::SequenceMismatch {
@@ -278,7 +389,11 @@ impl Store for Redis {
     }
 
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page> {
-        self.read_page(session, read, ELEMENT_BYTES_MAX).await
+        let element_max = ELEMENT_BYTES_MAX;
+        match self.read_newest(session, read, element_max).await? {
+            Some(page) => Ok(page),
+            None => self.read_page(session, read, element_max).await,
+        }
     }
 
     async fn clear(&self, session: &SessionId) -> Result<i64> {
@@ -367,6 +482,23 @@ impl Store for Redis {
     fn describe(&self) -> String {
         self.description.clone()
     }
+}
+
+/// How many of the newest elements are asked for, if nothing else is, and they are few.
+fn newest_of(read: &Read) -> Option<usize> {
+    let wanted = match (read.order, read.last) {
+        (Order::OldestFirst, last) => last.filter(|last| *last <= read.limit)?,
+        (Order::NewestFirst, last) => last.unwrap_or(usize::MAX).min(read.limit),
+    };
+    let is_newest = read.after <= 0 && read.before.is_none();
+    (is_newest && (1..=NEWEST_MAX).contains(&wanted)).then_some(wanted)
+}
+
+fn are_small(elements: &[Element]) -> bool {
+    elements.iter().all(|element| match &element.body {
+        Body::Bytes(bytes) => bytes.len() <= SMALL_MAX,
+        Body::TooLarge(_) => false,
+    })
 }
 
 /// The sequences of a page: the first of each run, and how many there are in it.
@@ -494,15 +626,82 @@ fn unexpected(value: &Value) -> Error {
     Error::Corrupt(format!("a script returned {kind} where it must not"))
 }
 
-/// Reads a record as `scripts/common.lua` draws it.
-fn parse_record(record: &[u8], repeated: bool) -> Result<Appended> {
-    let corrupt = || Error::Corrupt("the record of a request".to_owned());
-    let record: &[u8; 31] = record.try_into().map_err(|_| corrupt())?;
-    let number = |bytes: &[u8]| bytes.iter().fold(0, |n, byte| n << 8 | i64::from(*byte));
-    Ok(Appended {
-        first_sequence: number(&record[14..21]),
-        count: usize::try_from(number(&record[21..25])).map_err(|_| corrupt())?,
-        time_ms: number(&record[8..14]),
-        repeated,
-    })
+/// The name of a request's record, as `scripts/keys.lua` draws it.
+fn request_field(request: &RequestKey) -> &[u8] {
+    &request.id[..8]
+}
+
+/// What a request's record begins with.
+fn stamp(request: &RequestKey, time_ms: UnixMillis) -> [u8; STAMP_BYTES] {
+    let mut stamp = [0; STAMP_BYTES];
+    stamp[..4].copy_from_slice(&request.fingerprint[..4]);
+    stamp[4..].copy_from_slice(&time_ms.to_be_bytes()[2..]);
+    stamp
+}
+
+/// Reads the record of a request that was done before.
+fn parse_record(record: &[u8]) -> Result<Appended> {
+    let parse = || {
+        let (stamp, numbers) = record.split_at_checked(STAMP_BYTES)?;
+        let numbers = std::str::from_utf8(numbers).ok()?;
+        let (first, count) = numbers.split_once(':').unwrap_or((numbers, "1"));
+        Some(Appended {
+            first_sequence: first.parse().ok()?,
+            count: count.parse().ok()?,
+            time_ms: stamp[4..]
+                .iter()
+                .fold(0, |n, byte| n << 8 | i64::from(*byte)),
+            repeated: true,
+        })
+    };
+    parse().ok_or_else(|| Error::Corrupt("the record of a request".to_owned()))
+}
+
+/// What an element is known by, if the server made its id: the id. It is looked for near the end,
+/// where it stands unless much comes after it; scripts know any other element by a fingerprint.
+fn mark_of(element: &[u8]) -> Option<&[u8]> {
+    const BEFORE: &[u8] = b"\"id\": \"";
+    let tail = &element[element.len().saturating_sub(MARK_WITHIN)..];
+    let has_id = |at: &usize| {
+        let rest = &tail[at + BEFORE.len()..];
+        rest.len() > MARK_BYTES
+            && rest.starts_with(ID_PREFIX.as_bytes())
+            && rest[ID_PREFIX.len()..MARK_BYTES]
+                .iter()
+                .all(u8::is_ascii_alphanumeric)
+            && rest[MARK_BYTES] == b'"'
+    };
+    let places = tail.windows(BEFORE.len()).enumerate().rev();
+    let mut found = places.filter(|(_, part)| *part == BEFORE).map(|(at, _)| at);
+    let start = found.find(has_id)? + BEFORE.len();
+    Some(&tail[start..start + MARK_BYTES])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_element_is_known_by_the_id_that_the_server_made() {
+        let id = "cm_01M85FWE6B64VXBFZ1ZM3PWTPA";
+        let known = |text: String| mark_of(text.as_bytes()).map(<[u8]>::to_vec);
+        let of_user = format!(r#"{{"content": "a", "name": null, "id": "{id}"}}"#);
+        let of_model = format!(r#"{{"id": "{id}", "tool_calls": [{{"id": "call_1"}}]}}"#);
+        for element in [of_user, of_model.clone()] {
+            assert_eq!(known(element), Some(id.into()));
+        }
+        for other in [
+            String::new(),
+            r#"{"id": null}"#.to_owned(),
+            r#"{"id": "run-0"}"#.to_owned(),
+            // Not as the server makes them, broken off, or a text that speaks of one.
+            format!(r#"{{"id": "{id}0"}}"#),
+            r#"{"id": "cm_01M85FWE6B64VXBFZ1ZM3PW PA"}"#.to_owned(),
+            format!(r#"{{"id": "{id}"#),
+            format!(r#"{{"content": "\"id\": \"{id}\""}}"#),
+            format!("{of_model}{}", " ".repeat(MARK_WITHIN)),
+        ] {
+            assert_eq!(known(other.clone()), None, "{other}");
+        }
+    }
 }

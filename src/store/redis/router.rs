@@ -76,6 +76,14 @@ impl Connection {
         }
     }
 
+    /// The Redis, if it is one: it runs transactions.
+    pub(super) fn one(&self) -> Option<&Node> {
+        match self {
+            Self::One { node, .. } => Some(node),
+            Self::Cluster(_) => None,
+        }
+    }
+
     /// Whether one command can have keys of one slot only.
     pub(super) fn is_cluster(&self) -> bool {
         matches!(self, Self::Cluster(_))

@@ -10,14 +10,17 @@ use redis::{ScriptInvocation, Value};
 use super::index::{Entry, hash_of_pair};
 use super::layout::Keys;
 use super::turns::{parse_state, parse_turn, parse_u32};
-use super::{Redis, Reply, SEQUENCE_MAX, failure_of_read, failure_of_write, optional, unexpected};
+use super::{
+    Redis, Reply, SEQUENCE_MAX, failure_of_read, failure_of_write, optional, request_field, stamp,
+    unexpected,
+};
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::store::sessions::{
     About, FORK_STEP, Fork, Forked, LOOKED_AT_MAX, ListRecent, Look, Origin, RecentPage, Rewind,
     Rewound, Seen, SessionStore, Turn, Update,
 };
 use crate::store::turns::TurnState;
-use crate::store::{Bell, Body, Cursor, Epoch, Error, Order, Read, RequestKey, Result, Sequence};
+use crate::store::{Bell, Body, Cursor, Epoch, Error, Order, Read, Result, Sequence};
 
 /// Sessions that one round trip of a list looks at.
 const LOOK_STEP: usize = 100;
@@ -155,11 +158,9 @@ impl SessionStore for Redis {
 
     async fn rewind(&self, session: &SessionId, rewind: Rewind) -> Result<Rewound> {
         let mut script = self.invocation(&self.scripts.rewind, session);
-        let RequestKey { id, fingerprint } = rewind.request;
         script
-            .arg(&id)
-            .arg(&fingerprint)
-            .arg(&rewind.time_ms.to_be_bytes())
+            .arg(request_field(&rewind.request))
+            .arg(&stamp(&rewind.request, rewind.time_ms))
             .arg(rewind.after.clamp(0, SEQUENCE_MAX))
             .arg(optional(rewind.expected_last_sequence));
         let mut reply = self.write(&script).await?;

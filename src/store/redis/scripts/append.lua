@@ -1,15 +1,15 @@
 -- Adds elements at the new end of a session: in one step, once per request.
 --
 -- ARGV:
---   1  request id, 16 bytes
---   2  fingerprint of what was asked, 16 bytes
---   3  the caller's time, 8 bytes
---   4  the last sequence that the session must have; '' for any
---   5  the epoch that the session must have; '' for any
+--   1  request id, 8 bytes
+--   2  stamp, 10 bytes: fingerprint of what was asked (4), the caller's time (6)
+--   3  the caller's day, since 1970
+--   4  the mark of the last element, if the caller knows one: an id that is in it; else ''
+--   5  '', or the last sequence that the session must have, `,`, and the epoch that it must have;
+--      either may be left out
 --   6… the elements, oldest first
 --
--- Returns, besides what common.lua says:
---   { 'stored', record }
+-- Returns the sequence of the first; or, besides what keys.lua says:
 --   { 'repeated', record }    an earlier call had stored them
 --   { 'reused' }              an earlier call with this request id asked for something else
 --   { 'cleared' }             the epoch is another
@@ -35,14 +35,15 @@ if record then
   end
   return { 'repeated', record }
 end
-if ARGV[5] ~= '' and tonumber(ARGV[5]) ~= session.epoch then
+local last, epoch = string.match(ARGV[5], '^(-?%d*),(-?%d*)$')
+if tonumber(epoch or '') and tonumber(epoch) ~= session.epoch then
   return { 'cleared' }
 end
-if ARGV[4] ~= '' and tonumber(ARGV[4]) ~= session.last then
+if tonumber(last or '') and tonumber(last) ~= session.last then
   return { 'mismatch', session.last }
 end
 
-local first, count = push(session, FIRST_ELEMENT)
-record = remember(session, ARGV[1], ARGV[2], ARGV[3], first, count)
+local first, count = push(session, FIRST_ELEMENT, ARGV[4])
+remember(session, ARGV[1], ARGV[2], first, count)
 ring()
-return { 'stored', record }
+return first

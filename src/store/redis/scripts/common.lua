@@ -1,65 +1,12 @@
--- What every script begins with: it is put before each of them, after the limits, which Rust
--- defines (`REQUEST_MEMORY_MS`, `TOMBSTONE_MS`, `LINGER_MS`; of the settings `TTL_MS` and
--- `ELEMENTS_MAX`, nil if there are none, and `READS_EXTEND`).
---
--- KEYS of every script, all in one slot (K is `<prefix><session_id>`):
---
---   1  K                LIST  the elements. Index 0 is the newest. LangChain's key: it may have
---                             been changed or deleted by others since we last looked.
---   2  {K}:session      HASH  the facts, below
---   3  {K}:requests:0   HASH  request id (its first 8 bytes) -> record, of even days
---   4  {K}:requests:1   HASH  the same, of odd days
---   5  {K}:turns        HASH  turns: turns.lua says what is in it
---
--- Facts (decimal numbers):
---
---   base        what the place of the oldest element is above 1: place = base + distance from the
---               tail, which is 1 for the oldest and LLEN for the newest
---   last        the last sequence given out, by a write or by a read
---   mark        fingerprint of the newest element that we know of; '' if we know of none
---   epoch       how often the session was cleared, by us or by others
---   expires_at  when the list expires, in ms since 1970; '' if it does not
---
--- and, absent unless there is something to say:
---
---   gaps        where elements were rewound (MessagePack): place, extra, place, extra …, both
---               rising. The sequence of an element is its place, and the extra of the last pair
---               whose place is smaller. All places in it are above base
---   ttl         how long the session lives after its last write, in ms; 0 for ever
---   title, metadata, origin   what is said of the session; scripts do not look into it
---
--- Record: fingerprint (its first 8 bytes), the caller's time (6 bytes), first sequence (7), count
--- (4), the time of the write by Redis' clock (6); numbers are big-endian. Small, since there is one
--- for each write. 8 bytes tell a million requests of a day apart, but for one session in ten million,
--- and there a request is refused as one that was used: a message would be lost only if both hashes
--- were the same.
---
--- Redis' own clock (TIME) is the only one used here: it is the one that expires keys, and all
--- replicas of the server share it.
---
--- Every script returns a table that begins with a word. These come from all of them, and mean that
--- nothing was written:
---
---   { 'wrong type', key }   the key holds something else
---   { 'corrupt', key }      the facts make no sense
+-- What the scripts on a session have in common. keys.lua comes before it.
 
-local LIST, SESSION, REQUESTS, TURNS =
-  KEYS[1], KEYS[2], { [0] = KEYS[3], [1] = KEYS[4] }, KEYS[5]
+local REQUESTS = { [0] = KEYS[3], [1] = KEYS[4] }
 
 -- Lua cannot pass more than about 8,000 arguments.
 local CHUNK = 1000
 
 local function decimal(number)
   return string.format('%.0f', number)
-end
-
--- Looks at 288 bytes at most, since this is what a write costs most: at those that differ from one
--- element to the next. LangChain's begin alike, with 36 to 39 bytes up to the content, and end alike,
--- with about 110 bytes after it, or with an id among them. No bytes of an element are kept: the facts
--- may outlive the list.
-local function fingerprint(element)
-  local parts = #element .. ':' .. string.sub(element, 33, 160) .. string.sub(element, -160)
-  return string.sub(redis.sha1hex(parts), 1, 16)
 end
 
 -- What the script must return if this reply of redis.pcall is an error; nil if it is none.
@@ -90,7 +37,7 @@ local function reconcile()
     return nil, refusal
   end
   local facts = redis.pcall('HMGET', SESSION, 'base', 'last', 'mark', 'epoch', 'expires_at',
-    'gaps', 'ttl')
+    'gaps', 'ttl', 'day')
   refusal = refusal_of(facts, SESSION)
   if refusal then
     return nil, refusal
@@ -106,6 +53,7 @@ local function reconcile()
     gaps = {},
     had_gaps = facts[6] ~= false,
     ttl = tonumber(facts[7] or ''),
+    day = facts[8] or nil,
     is_changed = false,
     is_cleared = false,
     is_known = facts[2] and true or false,
@@ -145,7 +93,7 @@ local function reconcile()
   local is_intact = session.base + length >= newest
   if is_intact and newest > session.base then
     local index = session.base + length - newest
-    is_intact = fingerprint(redis.call('LINDEX', LIST, index)) == session.mark
+    is_intact = session.mark ~= '' and has_mark(redis.call('LINDEX', LIST, index), session.mark)
   end
   if not is_intact then
     -- All that is there now is new: it gets numbers that nobody has seen. Only a session that
@@ -296,14 +244,20 @@ local function shorten_turns(left)
   end
 end
 
+-- Whether the plain case of an append would leave nothing out.
+local function is_plain(session)
+  return #session.gaps == 0 and not session.expires_at and (session.ttl or TTL_MS or 0) == 0
+end
+
 local function day_of(session)
   return math.floor(session.now / REQUEST_MEMORY_MS)
 end
 
--- Lets the records of a day expire at the end of the following day, when all of them are over 24
--- hours old and before the day after that takes the key; or with the list, if that is earlier.
+-- Lets the records of a day expire an hour after the end of the following day, when all of them are
+-- over 24 hours old; or with the list, if that is earlier. Those of the day after that may come into
+-- the same key in this hour: then the old ones stay as long as these.
 local function expire_requests(session, day)
-  local ends_at = (day + 2) * REQUEST_MEMORY_MS
+  local ends_at = (day + 2) * REQUEST_MEMORY_MS + LINGER_MS
   if session.expires_at then
     ends_at = math.min(ends_at, session.expires_at)
   end
@@ -368,6 +322,10 @@ local function save(session)
   end
   if session.is_cleared or session.has_expired then
     redis.call('HDEL', SESSION, 'ttl', 'title', 'metadata', 'origin')
+  end
+  if session.day and (session.is_cleared or session.has_expired or not is_plain(session)) then
+    redis.call('HDEL', SESSION, 'day')
+    session.day = nil
   end
   if session.expires_at then
     shorten_turns(session.expires_at - session.now)
@@ -465,8 +423,9 @@ local function trim(session)
 end
 
 -- Adds the arguments from this one on at the new end of the session, trims it, and saves the facts.
--- Returns the first sequence, and how many elements these are. LPUSH is its first write.
-local function push(session, first_element)
+-- Returns the first sequence, and how many elements these are. LPUSH is its first write. The mark of
+-- the last of them may be known.
+local function push(session, first_element, mark)
   local first = session.last + 1
   local count = #ARGV - first_element + 1
   for from = first_element, #ARGV, CHUNK do
@@ -474,48 +433,46 @@ local function push(session, first_element)
   end
   session.length = session.length + count
   session.last = session.last + count
-  session.mark = fingerprint(ARGV[#ARGV])
+  session.mark = (mark or '') ~= '' and mark or fingerprint(ARGV[#ARGV])
   trim(session)
   live_on(session)
   save(session)
   return first, count
 end
 
--- The record of a request, if it is at most 24 hours old; or nil, and what the script must return
--- if that could not be found out.
+-- The record of a request; or nil, and what the script must return if that could not be found out.
 local function recall(session, request)
-  local found, found_at = nil, nil
   for bucket = 0, 1 do
-    local record = redis.pcall('HGET', REQUESTS[bucket], string.sub(request, 1, 8))
+    local record = redis.pcall('HGET', REQUESTS[bucket], request)
     local refusal = refusal_of(record, REQUESTS[bucket])
     if refusal then
       return nil, refusal
     end
     if record and not session.is_cleared and not session.has_expired then
-      if #record ~= 31 then
-        return nil, { 'corrupt', REQUESTS[bucket] }
-      end
-      local written_at = struct.unpack('>I6', record, 26)
-      local is_valid = session.now - written_at < REQUEST_MEMORY_MS
-      if is_valid and (not found or written_at > found_at) then
-        found, found_at = record, written_at
-      end
+      return record
     end
   end
-  return found
+  return nil
 end
 
--- Whether a record is that of a request with this fingerprint.
-local function is_same(record, fingerprint_asked)
-  return string.sub(record, 1, 8) == string.sub(fingerprint_asked, 1, 8)
+-- Whether a record is that of a request with this stamp.
+local function is_same(record, stamp)
+  return string.sub(record, 1, 4) == string.sub(stamp, 1, 4)
 end
 
--- Keeps the record of a request, and returns it.
-local function remember(session, request, fingerprint_asked, time, first, count)
-  local record = string.sub(fingerprint_asked, 1, 8) .. string.sub(time, 3, 8)
-    .. struct.pack('>I7I4I6', first, count, session.now)
+-- Keeps the record of a request, and returns it. `save` comes before this.
+local function remember(session, request, stamp, first, count)
+  local record = stamp .. decimal(first)
+  if count ~= 1 then
+    record = record .. ':' .. decimal(count)
+  end
   local today = day_of(session)
-  redis.call('HSET', REQUESTS[today % 2], string.sub(request, 1, 8), record)
+  redis.call('HSET', REQUESTS[today % 2], request, record)
   expire_requests(session, today)
+  local day = decimal(today)
+  if is_plain(session) and (not session.day or string.sub(session.day, 1, #day) ~= day) then
+    local has_older = redis.call('EXISTS', REQUESTS[(today + 1) % 2]) == 1
+    redis.call('HSET', SESSION, 'day', has_older and day .. '+' or day)
+  end
   return record
 end

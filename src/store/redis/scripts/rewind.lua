@@ -1,11 +1,10 @@
 -- Deletes the elements after a sequence: in one step, once per request.
 --
 -- ARGV:
---   1  request id, 16 bytes
---   2  fingerprint of what was asked, 16 bytes
---   3  the caller's time, 8 bytes
---   4  the sequence
---   5  the last sequence that the session must have; '' for any
+--   1  request id, 8 bytes
+--   2  stamp, 10 bytes, as for append.lua
+--   3  the sequence
+--   4  the last sequence that the session must have; '' for any
 --
 -- Returns, besides what common.lua says:
 --   { 'rewound', count }     so many went, now or by an earlier call
@@ -30,9 +29,9 @@ if record then
   if not is_same(record, ARGV[2]) then
     return { 'reused' }
   end
-  return { 'rewound', (struct.unpack('>I4', record, 22)) }
+  return { 'rewound', tonumber(string.match(record, ':(%d+)$', 11) or 1) }
 end
-if ARGV[5] ~= '' and tonumber(ARGV[5]) ~= session.last then
+if ARGV[4] ~= '' and tonumber(ARGV[4]) ~= session.last then
   return { 'mismatch', session.last }
 end
 local values
@@ -51,7 +50,7 @@ if running ~= '' then
   end
 end
 
-local after = tonumber(ARGV[4])
+local after = tonumber(ARGV[3])
 local newest = session.base + session.length
 local place = math.min(math.max(place_at(session, after), session.base), newest)
 local count = newest - place
@@ -86,7 +85,7 @@ if count > 0 or session.is_changed then
   live_on(session)
   save(session)
 end
-remember(session, ARGV[1], ARGV[2], ARGV[3], after, count)
+remember(session, ARGV[1], ARGV[2], after, count)
 
 -- The turns that have stored any of these: those that ended last, and failed ones between them,
 -- which stay.

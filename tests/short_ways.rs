@@ -1,0 +1,276 @@
+//! Appends and reads of the newest have a short way in Redis for the plain case
+//! (`scripts/append_plain.lua`, `scripts/head.lua`), and must come to the same as the whole scripts:
+//! random calls and acts of others on two sessions of one Redis, by a store that takes the short way
+//! and by one that never does. Answers and keys must be alike.
+
+mod harness;
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use chat_memory::message::SessionId;
+use chat_memory::store::redis::{Redis as RedisStore, Settings};
+use chat_memory::store::sessions::{Rewind, SessionStore as _, Upkeep};
+use chat_memory::store::{Append, Order, Read, RequestKey, Store as _};
+use harness::redis::Redis;
+use harness::stores::bytes;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+const CASES: u32 = 100;
+/// Named so that no key holds the other's name.
+const SHORT: &str = "short";
+const WHOLE: &str = "whole";
+
+#[derive(Debug, Clone)]
+enum Act {
+    /// Of elements that have an id of the server or have none, under one of a few requests or a
+    /// new one.
+    Append {
+        elements: Vec<(bool, u8)>,
+        request: Option<(u8, bool)>,
+    },
+    /// The newest so many, of at most so many bytes.
+    Read {
+        is_newest_first: bool,
+        last: Option<usize>,
+        limit: usize,
+        bytes_max: usize,
+    },
+    Clear,
+    Rewind(i64),
+    /// A command of others.
+    Others(Vec<&'static str>),
+    /// LangChain deletes the list, and adds the newest of it again.
+    Refill(usize),
+    /// The newest record is from yesterday.
+    DayBefore,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let others = |command: &[&'static str]| Just(Act::Others(command.to_vec()));
+    prop_oneof![
+        30 => (
+            prop::collection::vec((prop::bool::weighted(0.9), any::<u8>()), 1..4),
+            prop::option::weighted(0.3, (0..4_u8, prop::bool::weighted(0.8))),
+        )
+            .prop_map(|(elements, request)| Act::Append { elements, request }),
+        12 => (any::<bool>(), prop::option::of(1..6_usize), 1..6_usize, 0..200_usize).prop_map(
+            |(is_newest_first, last, limit, bytes_max)| Act::Read {
+                is_newest_first,
+                last,
+                limit,
+                bytes_max,
+            }
+        ),
+        1 => Just(Act::Clear),
+        1 => (0..4_i64).prop_map(Act::Rewind),
+        2 => others(&["LPUSH", "K", "theirs"]),
+        1 => others(&["DEL", "K"]),
+        1 => others(&["LPOP", "K"]),
+        1 => others(&["RPOP", "K"]),
+        1 => others(&["LSET", "K", "0", "changed"]),
+        1 => others(&["EXPIRE", "K", "100000"]),
+        1 => others(&["PERSIST", "K"]),
+        1 => others(&["DEL", "{K}:session"]),
+        1 => (0..4_usize).prop_map(Act::Refill),
+        2 => Just(Act::DayBefore),
+    ]
+}
+
+async fn do_it(store: &RedisStore, redis: &Redis, id: &str, act: &Act, time_ms: i64) -> String {
+    let session = SessionId::parse(id).unwrap();
+    let list = format!("message_store:{id}");
+    let key = |kind: &str, request: Option<(u8, bool)>| match request {
+        Some((n, body)) => RequestKey::new(kind, &n.to_string(), &[body.into()]),
+        None => RequestKey::new(kind, &time_ms.to_string(), b""),
+    };
+    match act {
+        Act::Append { elements, request } => {
+            let element = |(index, (has_id, n)): (usize, &(bool, u8))| match has_id {
+                true => format!(r#"{{"n": {n}, "id": "cm_{time_ms:020}{index:06}"}}"#),
+                false => format!("without {n}"),
+            };
+            let append = Append {
+                elements: elements
+                    .iter()
+                    .enumerate()
+                    .map(|element_of| Bytes::from(element(element_of)))
+                    .collect(),
+                request: key("append", *request),
+                time_ms,
+                expected_last_sequence: None,
+                expected_epoch: None,
+            };
+            format!("{:?}", store.append(&session, append).await)
+        }
+        Act::Read {
+            is_newest_first,
+            last,
+            limit,
+            bytes_max,
+        } => {
+            let order = match is_newest_first {
+                true => Order::NewestFirst,
+                false => Order::OldestFirst,
+            };
+            let read = Read {
+                order,
+                after: 0,
+                // Says nothing, and makes it no read of the newest.
+                before: (id == WHOLE).then_some(1 << 50),
+                last: *last,
+                limit: *limit,
+                bytes_max: *bytes_max,
+            };
+            let mut page = store.read(&session, read).await.unwrap();
+            page.before = page.before.min(page.last_sequence + 1);
+            let elements: Vec<_> = page
+                .elements
+                .iter()
+                .map(|e| (e.sequence, bytes(e)))
+                .collect();
+            format!("{page:?} {elements:?}")
+        }
+        Act::Clear => format!("{:?}", store.clear(&session).await),
+        Act::Rewind(after) => {
+            let rewind = Rewind {
+                after: *after,
+                request: key("rewind", None),
+                expected_last_sequence: None,
+                time_ms,
+            };
+            format!("{:?}", store.rewind(&session, rewind).await)
+        }
+        Act::Others(command) => {
+            let command: Vec<String> = command
+                .iter()
+                .map(|part| part.replace('K', &list))
+                .collect();
+            let command: Vec<&str> = command.iter().map(String::as_str).collect();
+            format!(
+                "{:?}",
+                redis.try_command::<redis::Value>(&command).await.is_ok()
+            )
+        }
+        Act::Refill(count) => {
+            let newest = if *count == 0 {
+                "0".to_owned()
+            } else {
+                format!("{}", count - 1)
+            };
+            let elements: Vec<String> = redis.command(&["LRANGE", &list, "0", &newest]).await;
+            let _: i64 = redis.command(&["DEL", &list]).await;
+            for element in elements.iter().rev() {
+                let _: i64 = redis.command(&["LPUSH", &list, element]).await;
+            }
+            String::new()
+        }
+        Act::DayBefore => {
+            let facts = format!("{{{list}}}:session");
+            let day: Option<String> = redis.command(&["HGET", &facts, "day"]).await;
+            let Some(day) = day else { return String::new() };
+            let day: i64 = day.trim_end_matches('+').parse().unwrap();
+            // Its records, and those of the day before that are gone.
+            let [today, other] =
+                [day, day + 1].map(|day| format!("{{{list}}}:requests:{}", day % 2));
+            if redis.command::<i64>(&["EXISTS", &today]).await == 1 {
+                let _: redis::Value = redis.command(&["RENAME", &today, &other]).await;
+            }
+            let before = (day - 1).to_string();
+            let _: i64 = redis.command(&["HSET", &facts, "day", &before]).await;
+            String::new()
+        }
+    }
+}
+
+/// All keys of a session and what is in them; whether they expire.
+async fn kept(redis: &Redis, id: &str) -> BTreeMap<String, (Vec<u8>, bool)> {
+    let mut kept = BTreeMap::new();
+    let keys: Vec<String> = redis
+        .command(&["KEYS", &format!("*message_store:{id}*")])
+        .await;
+    for key in keys {
+        let dump: Vec<u8> = redis.command(&["DUMP", &key]).await;
+        let expires = redis.command::<i64>(&["PTTL", &key]).await >= 0;
+        let kind: String = redis.command(&["TYPE", &key]).await;
+        let contents = match kind.as_str() {
+            "hash" => {
+                let mut pairs: BTreeMap<Vec<u8>, Vec<u8>> = redis.command(&["HGETALL", &key]).await;
+                // By Redis' clock, which goes on between the two.
+                if let Some(at) = pairs.get_mut(b"expires_at".as_slice())
+                    && !at.is_empty()
+                {
+                    *at = b"some time".to_vec();
+                }
+                format!("{pairs:?}").into_bytes()
+            }
+            _ => dump,
+        };
+        kept.insert(key.replace(id, "ID"), (contents, expires));
+    }
+    kept
+}
+
+#[test]
+fn the_short_way_comes_to_the_same_as_the_whole_script() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (redis, short, whole) = runtime.block_on(async {
+        let redis = Redis::start().await;
+        let connect = async |upkeep| {
+            let mut settings = Settings::new(redis.url());
+            settings.upkeep = upkeep;
+            let store = RedisStore::connect(settings).unwrap();
+            store
+                .ready(std::time::Duration::from_secs(20))
+                .await
+                .unwrap();
+            store
+        };
+        let short = connect(Upkeep::default()).await;
+        // A server that may have to trim takes the whole way.
+        let whole = connect(Upkeep {
+            elements_max: Some(1_000_000),
+            ..Upkeep::default()
+        })
+        .await;
+        (redis, short, whole)
+    });
+    let config = Config {
+        cases: CASES,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let acts = prop::collection::vec(act(), 1..30);
+    let outcome = TestRunner::new(config).run(&acts, |acts| {
+        runtime.block_on(async {
+            let _: redis::Value = redis.command(&["FLUSHALL"]).await;
+            for (step, act) in acts.iter().enumerate() {
+                let time_ms = 1_763_910_000_000 + step as i64;
+                let one = do_it(&short, &redis, SHORT, act, time_ms).await;
+                let other = do_it(&whole, &redis, WHOLE, act, time_ms).await;
+                prop_assert_eq!(one, other, "step {}", step);
+                let (one, other) = (kept(&redis, SHORT).await, kept(&redis, WHOLE).await);
+                prop_assert_eq!(one, other, "after step {}", step);
+            }
+            Ok(())
+        })
+    });
+    if let Err(failure) = outcome {
+        panic!("{failure}");
+    }
+    // Otherwise this would show nothing.
+    let calls: String = runtime.block_on(redis.command(&["INFO", "commandstats"]));
+    let of = |name: &str| {
+        let line = calls
+            .lines()
+            .find(|line| line.starts_with(&format!("cmdstat_{name}:calls=")));
+        let number = line.and_then(|line| line.split(['=', ',']).nth(1));
+        number.map_or(0, |number| number.parse::<i64>().unwrap())
+    };
+    assert!(
+        of("time") < of("evalsha") * 19 / 20,
+        "the short way asks for no time"
+    );
+    assert!(of("exec") > 100, "only the short way has transactions");
+}
