@@ -16,13 +16,14 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use redis::aio::{ConnectionLike, PubSub};
-use redis::{Cmd, Pipeline, RedisError, RedisFuture, RedisResult, ScriptInvocation, Value};
+use redis::{Cmd, Pipeline, RedisError, RedisFuture, RedisResult, Value};
 use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::InvalidSettings;
 use super::connection::{CONNECTION_WAIT, Failure, Node, Server, explain};
+use super::invocation::Invocation;
 use super::url::{describe, parse_several};
 use super::writers::Writers;
 
@@ -293,29 +294,25 @@ impl Cluster {
     }
 
     /// Runs a script once. Takes at most [`CONNECTION_WAIT`] and twice the timeout.
-    pub(super) async fn run(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+    pub(super) async fn run(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         self.run_in(self.call(), script).await
     }
 
     /// The same for one whose writes replicas must have.
-    pub(super) async fn write(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+    pub(super) async fn write(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         let mut call = self.call();
         call.is_write = self.shared.replicas > 0;
         self.run_in(call, script).await
     }
 
-    async fn run_in(
-        &self,
-        mut call: Call<'_>,
-        script: &ScriptInvocation<'_>,
-    ) -> Result<Value, Failure> {
+    async fn run_in(&self, mut call: Call<'_>, script: &Invocation<'_>) -> Result<Value, Failure> {
         for _ in 1..LOADS_MAX {
-            match script.invoke_async::<Value>(&mut call).await {
+            match script.run(&mut call).await {
                 Err(error) if call.failure.is_none() && is_no_script(&error) => {}
                 answer => return call.end(answer),
             }
         }
-        let answer = script.invoke_async::<Value>(&mut call).await;
+        let answer = script.run(&mut call).await;
         call.end(answer)
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use redis::aio::{MultiplexedConnection, PubSub};
 use redis::{
     AsyncConnectionConfig, ConnectionAddr, ErrorKind, IntoConnectionInfo as _, RedisConnectionInfo,
-    RedisError, ScriptInvocation, Value,
+    RedisError, Value,
 };
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -26,6 +26,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::InvalidSettings;
 use super::cluster::{key_of, tag_of};
+use super::invocation::Invocation;
 use super::sentinel::Sentinels;
 
 /// How long a call waits for a connection when there is none.
@@ -459,10 +460,7 @@ impl Node {
 
     /// Runs a script that may be run twice: if its answer does not come, it is run once more, on a
     /// new connection. Takes at most twice [`CONNECTION_WAIT`] and the timeout.
-    pub(super) async fn run_repeatable(
-        &self,
-        script: &ScriptInvocation<'_>,
-    ) -> Result<Value, Failure> {
+    pub(super) async fn run_repeatable(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         match self.run(script).await {
             // Refused before its first write: its place is elsewhere by now, which the next
             // connection finds out.
@@ -477,13 +475,12 @@ impl Node {
     }
 
     /// Runs a script once. Takes at most [`CONNECTION_WAIT`] and the timeout.
-    pub(super) async fn run(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+    pub(super) async fn run(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         let live = self.live(CONNECTION_WAIT).await.map_err(Failure::NotSent)?;
         let mut connection = live.connection.clone();
         // The answer includes loading the script, if Redis does not have it. NOSCRIPT means that
         // nothing was run, so that running it again after that is safe.
-        self.settle(&live, script.invoke_async::<Value>(&mut connection))
-            .await
+        self.settle(&live, script.run(&mut connection)).await
     }
 
     /// Waits for an answer, and gives the connection up if it does not come.

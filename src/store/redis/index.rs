@@ -21,6 +21,7 @@ use tokio::time::{self, Instant};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::connection::Failure;
+use super::invocation::Invocation;
 use super::layout::{IndexKeys, Scripts, pattern};
 use super::router::Connection;
 use super::{failure_of_read, unexpected};
@@ -169,10 +170,7 @@ impl Index {
         at_ms: UnixMillis,
     ) -> Result<()> {
         let entries = &self.entries;
-        let mut script = entries.scripts.index_settle.prepare_invoke();
-        for key in entries.script_keys() {
-            script.key(key);
-        }
+        let mut script = Invocation::new(&entries.scripts.index_settle, &entries.script_keys());
         script
             .arg(&entries.keys.of_pair)
             .arg(session.as_str())
@@ -395,10 +393,7 @@ impl Entries {
 
     async fn forget(&self, gone: &[Entry]) -> std::result::Result<(), Failure> {
         for gone in gone.chunks(STEP) {
-            let mut script = self.scripts.index_forget.prepare_invoke();
-            for key in self.script_keys() {
-                script.key(key);
-            }
+            let mut script = Invocation::new(&self.scripts.index_forget, &self.script_keys());
             script.arg(&self.keys.of_pair);
             for entry in gone {
                 script.arg(entry.session.as_str()).arg(entry.score);

@@ -17,6 +17,9 @@ const LINGER_MS: i64 = 60 * 60 * 1000;
 /// many as an exchange with a few tool calls has.
 const TRIM_LOOKED_AT_MAX: usize = 1_000;
 
+/// The names of what is kept beside a list.
+const COMPANIONS: [&str; 4] = ["session", "requests:0", "requests:1", "turns"];
+
 /// The keys of a session, in the order of the scripts' `KEYS`. `scripts/keys.lua` says what they
 /// hold.
 ///
@@ -24,27 +27,39 @@ const TRIM_LOOKED_AT_MAX: usize = 1_000;
 /// prefix nor a session id may contain braces; it also keeps one session's companions from being
 /// another's list.
 pub(super) struct Keys {
-    list: String,
-    companions: [String; 4],
+    /// One after the other.
+    text: String,
+    /// Where each of them ends.
+    ends: [usize; 5],
 }
 
 impl Keys {
     pub(super) fn new(prefix: &str, session: &SessionId) -> Self {
-        let list = format!("{prefix}{session}");
-        let companions = ["session", "requests:0", "requests:1", "turns"]
-            .map(|name| format!("{{{list}}}:{name}"));
-        Self { list, companions }
+        let session = session.as_str();
+        let list = prefix.len() + session.len();
+        let mut text = String::with_capacity(5 * (list + 16));
+        text.extend([prefix, session]);
+        let mut ends = [list; 5];
+        for (end, name) in ends[1..].iter_mut().zip(COMPANIONS) {
+            text.extend(["{", prefix, session, "}:", name]);
+            *end = text.len();
+        }
+        Self { text, ends }
     }
 
     pub(super) fn in_order(&self) -> [&str; 5] {
-        let [session, even_requests, odd_requests, turns] = &self.companions;
-        [&self.list, session, even_requests, odd_requests, turns]
+        let mut begin = 0;
+        self.ends.map(|end| {
+            let key = &self.text[begin..end];
+            begin = end;
+            key
+        })
     }
 
     /// The list in which a copy is made before it becomes this session's: in the same slot, and no
     /// session's name.
     pub(super) fn copy(&self, random: u128) -> String {
-        format!("{{{}}}:fork:{random:032x}", self.list)
+        format!("{{{}}}:fork:{random:032x}", self.in_order()[0])
     }
 }
 

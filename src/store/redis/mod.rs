@@ -11,6 +11,7 @@
 //! - [`router`]: which connection a command takes; [`cluster`]: the nodes of a cluster, and their slots
 //! - [`sentinel`]: where the master is that Sentinels watch over; [`url`]: URLs of several servers
 //! - [`lean`]: which sessions have small elements, and so can be read in a quicker way
+//! - [`invocation`]: a script and what it is given
 //! - [`writers`]: connections for writes that replicas must have
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
 
@@ -20,11 +21,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use redis::{RedisError, ScriptInvocation, Value};
+use redis::{RedisError, Value};
 use tokio::sync::watch;
 
 use self::connection::{Failure, explain};
 use self::index::Index;
+use self::invocation::Invocation;
 use self::layout::{Keys, Scripts, pattern};
 use self::lean::{Known, Lean, SMALL_MAX};
 use self::router::{Connection, Target};
@@ -41,6 +43,7 @@ mod cluster;
 mod connection;
 mod index;
 pub mod inspect;
+mod invocation;
 mod layout;
 mod lean;
 mod router;
@@ -326,16 +329,9 @@ impl Redis {
         self.watch.ring(session);
     }
 
-    fn invocation<'a>(
-        &self,
-        script: &'a redis::Script,
-        session: &SessionId,
-    ) -> ScriptInvocation<'a> {
-        let mut invocation = script.prepare_invoke();
-        for key in Keys::new(&self.key_prefix, session).in_order() {
-            invocation.key(key);
-        }
-        invocation
+    fn invocation<'a>(&self, script: &'a redis::Script, session: &SessionId) -> Invocation<'a> {
+        let keys = Keys::new(&self.key_prefix, session);
+        Invocation::new(script, &keys.in_order())
     }
 }
 

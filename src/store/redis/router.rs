@@ -5,13 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use redis::Value;
 use redis::aio::PubSub;
-use redis::{ScriptInvocation, Value};
 use tokio::sync::watch;
 
 use super::InvalidSettings;
 use super::cluster::{Cluster, Seeds};
 use super::connection::{Failure, Node, Server, is_read_only};
+use super::invocation::Invocation;
 use super::writers::Writers;
 
 /// Where Redis is, of whatever kind.
@@ -113,10 +114,7 @@ impl Connection {
     }
 
     /// Runs a script that may be run twice: if its answer does not come, it is run once more.
-    pub(super) async fn run_repeatable(
-        &self,
-        script: &ScriptInvocation<'_>,
-    ) -> Result<Value, Failure> {
+    pub(super) async fn run_repeatable(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         match self {
             Self::One { node, .. } => node.run_repeatable(script).await,
             Self::Cluster(cluster) => match cluster.run(script).await {
@@ -131,7 +129,7 @@ impl Connection {
     }
 
     /// Runs a script once.
-    pub(super) async fn run(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+    pub(super) async fn run(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         match self {
             Self::One { node, .. } => node.run(script).await,
             Self::Cluster(cluster) => cluster.run(script).await,
@@ -140,10 +138,7 @@ impl Connection {
 
     /// Like [`run_repeatable`](Self::run_repeatable), for a script that writes: as many replicas as
     /// are asked for have it then. If they have not, it counts as having no answer.
-    pub(super) async fn write_repeatable(
-        &self,
-        script: &ScriptInvocation<'_>,
-    ) -> Result<Value, Failure> {
+    pub(super) async fn write_repeatable(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         if let Self::One { writers: None, .. } = self {
             return self.run_repeatable(script).await;
         }
@@ -158,7 +153,7 @@ impl Connection {
     }
 
     /// Like [`run`](Self::run), for a script that writes.
-    pub(super) async fn write(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+    pub(super) async fn write(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         match self {
             Self::One { node, writers, .. } => match writers {
                 Some(writers) => writers.run(script).await,

@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
-use redis::{ScriptInvocation, Value};
+use redis::Value;
 
 use super::index::{Entry, hash_of_pair};
+use super::invocation::Invocation;
 use super::layout::Keys;
 use super::turns::{parse_state, parse_turn, parse_u32};
 use super::{
@@ -239,14 +240,16 @@ impl Redis {
             limit: FORK_STEP,
             bytes_max: FORK_BYTES,
         };
+        let keys = Keys::new(&self.key_prefix, &fork.to);
+        let keys = [&keys.in_order()[..], &[copy]].concat();
         loop {
             // Elements of any size: what is copied need not be understood.
             let page = self.read_page(session, read, usize::MAX).await?;
             if page.epoch != source.epoch {
                 return Ok(Forked::Changed);
             }
-            let mut script = self.invocation(&self.scripts.fork_add, &fork.to);
-            script.key(copy).arg(count).arg(COPY_MS);
+            let mut script = Invocation::new(&self.scripts.fork_add, &keys);
+            script.arg(count).arg(COPY_MS);
             for element in &page.elements {
                 let Body::Bytes(bytes) = &element.body else {
                     return Err(Error::Corrupt("an element without bytes".to_owned()));
@@ -288,9 +291,8 @@ impl Redis {
         } = source.about;
         let pairs = hashes(&metadata);
         self.index.announce(&fork.to, &pairs).await?;
-        let mut script = self.invocation(&self.scripts.fork_end, &fork.to);
+        let mut script = Invocation::new(&self.scripts.fork_end, &keys);
         script
-            .key(copy)
             .arg(count)
             .arg(title)
             .arg(metadata_text(&metadata))
@@ -354,7 +356,7 @@ impl Redis {
         values.into_iter().map(seen).collect()
     }
 
-    pub(super) async fn write(&self, script: &ScriptInvocation<'_>) -> Result<Reply> {
+    pub(super) async fn write(&self, script: &Invocation<'_>) -> Result<Reply> {
         let answer = self.connection.write_repeatable(script).await;
         Reply::of(answer.map_err(failure_of_write)?)
     }

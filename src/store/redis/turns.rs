@@ -8,9 +8,10 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use redis::{Pipeline, ScriptInvocation, Value};
+use redis::{Pipeline, Value};
 
 use super::connection::Failure;
+use super::invocation::Invocation;
 use super::layout::running_key;
 use super::{Redis, Reply, failure_of_read, to_lua, unexpected};
 use crate::message::{SessionId, UnixMillis, now_ms};
@@ -286,7 +287,7 @@ fn parse_entry(entry: &[u8]) -> Option<(SessionId, TurnId)> {
     Some((SessionId::parse(session).ok()?, *turn))
 }
 
-fn add_chunk(script: &mut ScriptInvocation<'_>, chunk: Option<&Chunk>) {
+fn add_chunk(script: &mut Invocation<'_>, chunk: Option<&Chunk>) {
     match chunk {
         Some(chunk) => script.arg(chunk.index).arg(chunk.bytes.as_ref()),
         None => script.arg("").arg(""),

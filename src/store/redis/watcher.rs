@@ -14,6 +14,7 @@ use tokio::time::{self, Instant};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::connection::explain;
+use super::invocation::Invocation;
 use super::layout::{Keys, Scripts, channel, session_of_channel};
 use super::router::{Connection, Target};
 use crate::message::SessionId;
@@ -265,12 +266,15 @@ impl Peeker {
         if self.connection.is_cluster() {
             return self.look_at_each(sessions).await;
         }
-        let mut script = self.scripts.peek.prepare_invoke();
-        for session in sessions {
-            let keys = Keys::new(&self.prefix, session);
+        let keys: Vec<Keys> = sessions
+            .iter()
+            .map(|session| Keys::new(&self.prefix, session))
+            .collect();
+        let keys = keys.iter().flat_map(|keys| {
             let [list, facts, .., turns] = keys.in_order();
-            script.key(list).key(facts).key(turns);
-        }
+            [list, facts, turns]
+        });
+        let script = Invocation::new(&self.scripts.peek, &keys.collect::<Vec<_>>());
         let Ok(Value::Array(looks)) = self.connection.run(&script).await else {
             return None;
         };

@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use redis::aio::ConnectionLike;
-use redis::{Cmd, Pipeline, RedisFuture, RedisResult, ScriptInvocation, Value};
+use redis::{Cmd, Pipeline, RedisFuture, RedisResult, Value};
 
 use super::connection::{CONNECTION_WAIT, Copied, Failure, Node, Server};
+use super::invocation::Invocation;
 
 /// Connections to one Redis: as many writes are on their way to replicas at once, and more wait.
 const CONNECTIONS: usize = 8;
@@ -49,13 +50,13 @@ impl Writers {
     }
 
     /// Runs a script once.
-    pub(super) async fn run(&self, script: &ScriptInvocation<'_>) -> Result<Value, Failure> {
+    pub(super) async fn run(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         let mut write = Write {
             node: self.node(),
             copied: &self.copied,
             failure: None,
         };
-        let answer = script.invoke_async::<Value>(&mut write).await;
+        let answer = script.run(&mut write).await;
         match write.failure {
             Some(failure) => Err(failure),
             None => answer.map_err(Failure::Refused),
