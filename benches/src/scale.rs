@@ -392,7 +392,7 @@ pub async fn run(bench: &Bench, report: &mut Report) -> Result<()> {
             bar.inc(1);
         }
     }
-    let kinds = costs(&mut on_one[0], calls, &bar).await?;
+    let kinds = costs(&mut on_one[0], &mut on_clusters[0], calls, &bar).await?;
     let constant = constants(&on_one[0], &on_clusters).await?;
     bar.finish_and_clear();
 
@@ -538,12 +538,18 @@ fn nodes(report: &mut Report, chart: &mut Series, samples: &[Vec<Sample>]) {
     report.scaling(table);
 }
 
-/// What one call of each kind takes.
-async fn costs(layout: &mut Layout, calls: u64, bar: &indicatif::ProgressBar) -> Result<Table> {
+/// What one call of each kind takes, on one Redis and on a cluster of one master.
+async fn costs(
+    one: &mut Layout,
+    cluster: &mut Layout,
+    calls: u64,
+    bar: &indicatif::ProgressBar,
+) -> Result<Table> {
     let mut table = Table::new(
-        "One call, one server, one Redis",
+        "One call",
         &[
             "call",
+            "Redis",
             "CPU of the server",
             "CPU of Redis",
             "commands of Redis",
@@ -557,22 +563,28 @@ async fn costs(layout: &mut Layout, calls: u64, bar: &indicatif::ProgressBar) ->
         ("GetMessages, the last 20", Calls::Reads),
         ("Chat with `echo`, 20 of history", Calls::Turns),
     ] {
-        // Unmeasured: the first of a kind loads its scripts.
-        layout.load(kind, calls / 10).await?;
-        let sample = layout.load(kind, calls).await?;
-        let node = |of: fn(&Work) -> f64| sample.node(of).mean;
-        table.row(vec![
-            what.to_owned(),
-            format!("{:.1} µs", sample.server_us().mean),
-            format!("{:.1} µs", node(|work| work.cpu_us)),
-            format!("{:.1}", node(|work| work.commands)),
-            format!("{:.0}", node(|work| work.bytes_in)),
-            format!("{:.0}", node(|work| work.bytes_out)),
-            format!("{:.0}", node(|work| work.memory).max(0.0)),
-        ]);
+        for (name, layout) in [("one", &mut *one), ("cluster of one", &mut *cluster)] {
+            // Unmeasured: the first of a kind loads its scripts.
+            layout.load(kind, calls / 10).await?;
+            let sample = layout.load(kind, calls).await?;
+            let node = |of: fn(&Work) -> f64| sample.node(of).mean;
+            table.row(vec![
+                what.to_owned(),
+                name.to_owned(),
+                format!(
+                    "{:.1} µs",
+                    sample.servers.iter().sum::<f64>() / sample.calls
+                ),
+                format!("{:.1} µs", node(|work| work.cpu_us)),
+                format!("{:.1}", node(|work| work.commands)),
+                format!("{:.0}", node(|work| work.bytes_in)),
+                format!("{:.0}", node(|work| work.bytes_out)),
+                format!("{:.0}", node(|work| work.memory).max(0.0)),
+            ]);
+        }
         bar.inc(1);
     }
-    let bytes = layout.filled / SESSIONS as f64;
+    let bytes = one.filled / SESSIONS as f64;
     table.note(format!(
         "A session of {MESSAGES} such messages, appended in one call, takes {bytes:.0} bytes without \
          its entry in the index."
