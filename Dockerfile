@@ -10,12 +10,13 @@ ARG RUST_IMAGE=rust:1.95-slim-bookworm
 # RUST_IMAGE.
 ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
-# The crates we depend on, compiled. This layer lasts until Cargo.toml, Cargo.lock or PROFILE
+# The crates we depend on, compiled. This layer lasts until Cargo.toml, Cargo.lock, .cargo or PROFILE
 # changes: the package is built here without its sources.
 FROM ${RUST_IMAGE} AS dependencies
 ARG PROFILE=release
 WORKDIR /build
 COPY Cargo.toml Cargo.lock ./
+COPY .cargo .cargo
 # Cargo looks for the files of benches, tests and examples that the manifest names; they are not in
 # the build context, so their sections go.
 RUN awk '/^\[/ { skip = /^\[\[(bench|test|example)\]\]/ } !skip' Cargo.toml > Cargo.toml.new \

@@ -6,10 +6,12 @@ use std::{
     env,
     error::Error,
     fs,
+    io::Write as _,
     path::{Path, PathBuf},
     process::Command,
 };
 
+use flate2::{Compression, write::ZlibEncoder};
 use prost::Message as _;
 
 const PROTO: &str = "chatmemory/v1/chat_memory.proto";
@@ -37,8 +39,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Writes the tokens of a tokenizer by their rank: of each its length, in one byte, and its bytes.
-/// (tiktoken-rs itself holds them as base64, which makes the program twice as much larger.)
+/// Writes the tokens of a tokenizer by their rank, of each its length, in one byte, and its bytes; all
+/// of it compressed: 1.5 MB of the program in place of 2.3. (tiktoken-rs itself holds them as base64,
+/// which are 5.3.)
 fn write_tokens(
     out_dir: &Path,
     name: &str,
@@ -53,7 +56,9 @@ fn write_tokens(
         tokens.push(u8::try_from(token.len())?);
         tokens.extend(token);
     }
-    fs::write(out_dir.join(format!("{name}.tokens")), tokens)?;
+    let mut packed = ZlibEncoder::new(Vec::new(), Compression::best());
+    packed.write_all(&tokens)?;
+    fs::write(out_dir.join(format!("{name}.tokens")), packed.finish()?)?;
     Ok(())
 }
 

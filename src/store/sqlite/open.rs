@@ -14,6 +14,13 @@ use super::turns::END_LEASES;
 /// Marks a file as chat-memory's, in SQLite's header: the letters `CMem`.
 const APPLICATION_ID: i32 = i32::from_be_bytes(*b"CMem");
 
+/// Bytes of the log beside the file from which on it is emptied into the file. That takes two syncs
+/// and a write of each page that is in it, however often: with SQLite's own 4 MiB, busy sessions'
+/// last pages would be written every few commits.
+const LOG_BYTES: i64 = 16 << 20;
+/// A page and what the log says of it. Files are made with SQLite's own size of a page.
+const LOG_FRAME_BYTES: i64 = 4096 + 24;
+
 /// What makes a file of version N + 1 out of one of version N. Only ever grows at its end.
 pub const MIGRATIONS: [&str; 3] = [
     include_str!("schema.sql"),
@@ -275,7 +282,8 @@ fn open_and_migrate(path: &Path, size_bytes_max: Option<u64>) -> Result<Connecti
     db.pragma_update(None, "fullfsync", true)?;
     db.pragma_update(None, "checkpoint_fullfsync", true)?;
     // After a burst, or a reader that kept it from being emptied, the log shrinks to this again.
-    db.pragma_update(None, "journal_size_limit", 16 << 20)?;
+    db.pragma_update(None, "journal_size_limit", LOG_BYTES)?;
+    db.pragma_update(None, "wal_autocheckpoint", LOG_BYTES / LOG_FRAME_BYTES)?;
     // What was deleted is overwritten with zeros: a cleared chat is gone, not only unlisted.
     db.execute_batch("PRAGMA secure_delete = ON")?;
     if let Some(bytes) = size_bytes_max {
@@ -316,8 +324,8 @@ fn configure(db: &Connection) -> rusqlite::Result<()> {
     db.pragma_update(None, "foreign_keys", true)?;
     // The schema comes out of the file: it may not call functions with effects.
     db.pragma_update(None, "trusted_schema", false)?;
-    // More than we have: each is prepared once. And only once: without the second line, this build
-    // of SQLite plans anew for new values of parameters, which takes longer than most reads.
+    // More than we have: each is prepared once. And only once: without the second line, SQLite as
+    // rusqlite builds it plans anew for new values of parameters, which takes longer than most reads.
     db.set_prepared_statement_cache_capacity(64);
     db.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     Ok(())

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use rusqlite::{Connection, Row, Rows, named_params};
 use serde::Deserialize;
 
-use super::tables::{self, Session, is_alive};
+use super::tables::{self, Session, is_alive, session_columns};
 use super::{Sqlite, fork, notice, turns};
 use crate::message::{SessionId, UnixMillis};
 use crate::store::sessions::{
@@ -64,21 +64,12 @@ const TRIM: &str = "DELETE FROM messages WHERE session = :session AND sequence <
 
 const TRIMMED: &str = "UPDATE sessions SET count = count - :count WHERE number = :session";
 
-macro_rules! columns {
-    () => {
-        "number, key, epoch, max(last_sequence, coalesce(
-                (SELECT max(sequence) FROM messages WHERE session = number), 0)) AS last_sequence,
-            count, sessions.active_ms AS active_ms, expires_ms, ttl_ms, title, metadata, origin,
-            origin_sequence, origin_through"
-    };
-}
-
 // Each in two parts, those of the time where the walk stands and those before: SQLite seeks by a
 // number behind a time only where the time is one, and many sessions may have the same.
 const RECENT: [&str; 2] = [
     concat!(
         "SELECT ",
-        columns!(),
+        session_columns!(),
         ", ",
         is_alive!(),
         " AS is_alive FROM sessions
@@ -87,7 +78,7 @@ const RECENT: [&str; 2] = [
     ),
     concat!(
         "SELECT ",
-        columns!(),
+        session_columns!(),
         ", ",
         is_alive!(),
         " AS is_alive FROM sessions
@@ -99,7 +90,7 @@ const RECENT: [&str; 2] = [
 const RECENT_WITH: [&str; 2] = [
     concat!(
         "SELECT ",
-        columns!(),
+        session_columns!(),
         ", forget_ms IS NULL AND ",
         is_alive!(),
         " AS is_alive FROM session_pairs JOIN sessions ON number = session
@@ -109,7 +100,7 @@ const RECENT_WITH: [&str; 2] = [
     ),
     concat!(
         "SELECT ",
-        columns!(),
+        session_columns!(),
         ", forget_ms IS NULL AND ",
         is_alive!(),
         " AS is_alive FROM session_pairs JOIN sessions ON number = session

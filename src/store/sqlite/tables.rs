@@ -44,14 +44,22 @@ macro_rules! is_alive {
 }
 pub(super) use is_alive;
 
-// The greatest sequence in the table counts too: somebody may have added a message by hand.
+/// What [`Session::from_row`] reads. The greatest sequence in the table of messages counts too:
+/// somebody may have added one by hand.
+macro_rules! session_columns {
+    () => {
+        "number, key, epoch, max(last_sequence, coalesce(
+                (SELECT max(sequence) FROM messages WHERE session = number), 0)) AS last_sequence,
+            count, sessions.active_ms AS active_ms, expires_ms, ttl_ms, title, metadata, origin,
+            origin_sequence, origin_through"
+    };
+}
+pub(super) use session_columns;
+
 const SESSION: &str = concat!(
-    "
-    SELECT number, key, epoch, max(last_sequence, coalesce(
-            (SELECT max(sequence) FROM messages WHERE session = number), 0)) AS last_sequence,
-        count, active_ms, expires_ms, ttl_ms, title, metadata, origin, origin_sequence,
-        origin_through
-    FROM sessions WHERE key = :key AND ",
+    "SELECT ",
+    session_columns!(),
+    " FROM sessions WHERE key = :key AND ",
     is_alive!()
 );
 
@@ -65,9 +73,9 @@ const HIDE_SESSION: &str = "
     WHERE key = :key";
 
 const ADVANCE_SESSION: &str = "
-    UPDATE sessions SET last_sequence = :last_sequence, count = count + :count, forget_ms = NULL,
-        active_ms = max(active_ms, :now_ms), expires_ms = :expires_ms
-    WHERE number = :session";
+    UPDATE sessions SET last_sequence = ?2, count = count + ?3, forget_ms = NULL,
+        active_ms = max(active_ms, ?4), expires_ms = ?5
+    WHERE number = ?1";
 
 const KEEP_SESSION: &str = "
     UPDATE sessions SET forget_ms = :forget_ms WHERE number = :session AND forget_ms < :forget_ms";
@@ -84,14 +92,14 @@ const ADD_MESSAGE: &str = "
 const DELETE_MESSAGES: &str = "DELETE FROM messages WHERE session = :session";
 
 const REQUEST: &str = "
-    SELECT fingerprint, first_sequence, count, time_ms FROM requests
-    WHERE session = :session AND id = :id AND expires_ms > :now_ms";
+    SELECT number, expires_ms, fingerprint, first_sequence, count, time_ms FROM requests
+    WHERE session = ?1 AND id = ?2";
 
-// An expired one of the same id may still be there.
 const ADD_REQUEST: &str = "
-    INSERT OR REPLACE INTO requests
-        (session, id, fingerprint, first_sequence, count, time_ms, expires_ms)
-    VALUES (:session, :id, :fingerprint, :first_sequence, :count, :time_ms, :expires_ms)";
+    INSERT INTO requests (session, id, fingerprint, first_sequence, count, time_ms, expires_ms)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
+
+const DELETE_REQUEST: &str = "DELETE FROM requests WHERE number = ?1";
 
 const DELETE_REQUESTS: &str = "DELETE FROM requests WHERE session = :session";
 
@@ -184,24 +192,26 @@ pub struct Origin {
 }
 
 impl Session {
+    /// Of a row that begins with the columns of [`session_columns`]. By their places: to look for
+    /// their names takes as long as to find the row.
     pub fn from_row(row: &Row<'_>) -> rusqlite::Result<Self> {
-        let origin: Option<String> = row.get("origin")?;
+        let origin: Option<String> = row.get(10)?;
         Ok(Self {
-            number: row.get("number")?,
-            key: row.get("key")?,
-            epoch: Epoch(row.get("epoch")?),
-            last_sequence: row.get("last_sequence")?,
-            count: row.get("count")?,
-            active_ms: row.get("active_ms")?,
-            expires_ms: row.get("expires_ms")?,
-            ttl_ms: row.get("ttl_ms")?,
-            title: row.get("title")?,
-            metadata: row.get("metadata")?,
+            number: row.get(0)?,
+            key: row.get(1)?,
+            epoch: Epoch(row.get(2)?),
+            last_sequence: row.get(3)?,
+            count: row.get(4)?,
+            active_ms: row.get(5)?,
+            expires_ms: row.get(6)?,
+            ttl_ms: row.get(7)?,
+            title: row.get(8)?,
+            metadata: row.get(9)?,
             origin: match origin {
                 Some(key) => Some(Origin {
                     key,
-                    sequence: row.get("origin_sequence")?,
-                    through: row.get("origin_through")?,
+                    sequence: row.get(11)?,
+                    through: row.get(12)?,
                 }),
                 None => None,
             },
@@ -231,42 +241,49 @@ pub fn expiry_after(ttl_ms: i64, now_ms: UnixMillis) -> Option<UnixMillis> {
 
 /// The row of a session, unless it has expired.
 pub fn session(db: &Connection, key: &str, now_ms: UnixMillis) -> Result<Option<Session>> {
-    let params = named_params! {":key": key, ":now_ms": now_ms};
     let mut statement = db.prepare_cached(SESSION)?;
-    Ok(statement.query_row(params, Session::from_row).optional()?)
+    let found = statement.query_row((key, now_ms), Session::from_row);
+    Ok(found.optional()?)
 }
 
-/// What an append under this key stored, if that is still remembered.
+/// What an append under this key stored, if that is still remembered. If not, nothing is left of it
+/// afterwards.
 pub fn remembered(
     db: &Connection,
     session: i64,
     request: &RequestKey,
     now_ms: UnixMillis,
 ) -> Result<Option<Appended>> {
-    let params = named_params! {":session": session, ":id": request.id, ":now_ms": now_ms};
     let found = db
         .prepare_cached(REQUEST)?
-        .query_row(params, |row| {
-            let fingerprint: Vec<u8> = row.get(0)?;
-            let count: i64 = row.get(2)?;
+        .query_row((session, request.id), |row| {
+            let count: i64 = row.get(4)?;
             let appended = Appended {
-                first_sequence: row.get(1)?,
+                first_sequence: row.get(3)?,
                 count: usize::try_from(count)
-                    .map_err(|_| rusqlite::Error::IntegralValueOutOfRange(2, count))?,
-                time_ms: row.get(3)?,
+                    .map_err(|_| rusqlite::Error::IntegralValueOutOfRange(4, count))?,
+                time_ms: row.get(5)?,
                 repeated: true,
             };
-            Ok((fingerprint, appended))
+            let (number, expires_ms): (i64, UnixMillis) = (row.get(0)?, row.get(1)?);
+            let fingerprint: Vec<u8> = row.get(2)?;
+            Ok((number, expires_ms, fingerprint, appended))
         })
         .optional()?;
     match found {
-        Some((fingerprint, _)) if fingerprint != request.fingerprint => Err(Error::RequestReused),
-        Some((_, appended)) => Ok(Some(appended)),
         None => Ok(None),
+        Some((number, expires_ms, ..)) if expires_ms <= now_ms => {
+            db.prepare_cached(DELETE_REQUEST)?.execute([number])?;
+            Ok(None)
+        }
+        Some((_, _, fingerprint, _)) if fingerprint != request.fingerprint => {
+            Err(Error::RequestReused)
+        }
+        Some((.., appended)) => Ok(Some(appended)),
     }
 }
 
-/// Remembers what a request has done.
+/// Remembers what a request has done, after [`remembered`] knew nothing of it.
 pub fn remember(
     db: &Connection,
     session: i64,
@@ -274,16 +291,17 @@ pub fn remember(
     done: &Appended,
     now_ms: UnixMillis,
 ) -> Result<()> {
-    db.prepare_cached(ADD_REQUEST)?.execute(named_params! {
-        ":session": session,
-        ":id": request.id,
-        ":fingerprint": request.fingerprint,
-        ":first_sequence": done.first_sequence,
-        ":count": done.count as i64,
-        ":time_ms": done.time_ms,
-        // By the store's own clock, like every comparison with it.
-        ":expires_ms": now_ms.saturating_add(REQUEST_MEMORY_MS),
-    })?;
+    // By the store's own clock, like every comparison with it.
+    let expires_ms = now_ms.saturating_add(REQUEST_MEMORY_MS);
+    db.prepare_cached(ADD_REQUEST)?.execute((
+        session,
+        request.id,
+        request.fingerprint,
+        done.first_sequence,
+        done.count as i64,
+        done.time_ms,
+        expires_ms,
+    ))?;
     Ok(())
 }
 
@@ -342,13 +360,14 @@ pub fn add(
 ) -> Result<Appended> {
     let last = session.last_sequence;
     let count = elements.len() as i64;
-    db.prepare_cached(ADVANCE_SESSION)?.execute(named_params! {
-        ":session": session.number,
-        ":last_sequence": last + count,
-        ":count": count,
-        ":now_ms": now_ms,
-        ":expires_ms": session.next_expiry(upkeep, now_ms),
-    })?;
+    let expires_ms = session.next_expiry(upkeep, now_ms);
+    db.prepare_cached(ADVANCE_SESSION)?.execute((
+        session.number,
+        last + count,
+        count,
+        now_ms,
+        expires_ms,
+    ))?;
     let mut add_message = db.prepare_cached(ADD_MESSAGE)?;
     for (element, sequence) in elements.iter().zip(last + 1..) {
         add_message.execute((session.number, sequence, element.as_ref()))?;
@@ -666,6 +685,7 @@ pub mod tests {
             CLEAR_SESSION,
             DELETE_MESSAGES,
             REQUEST,
+            DELETE_REQUEST,
             DELETE_REQUESTS,
             PRUNE_SESSIONS,
             EXPIRED,
