@@ -30,15 +30,37 @@ pub async fn draw(bench: &Bench) -> Result<()> {
     let stage = Stage::new(bench).await?;
     let seconds = if bench.quick { 4 } else { 12 };
     let append = stage.append_alone();
-    one(&stage, &append, seconds, "flame-append", "Append, 300 bytes").await?;
+    one(
+        &stage,
+        &append,
+        seconds,
+        "flame-append",
+        "Append, 300 bytes",
+    )
+    .await?;
     let read = stage.read_alone()?;
-    one(&stage, &read, seconds, "flame-get50", "GetMessages, the last 50").await
+    one(
+        &stage,
+        &read,
+        seconds,
+        "flame-get50",
+        "GetMessages, the last 50",
+    )
+    .await
 }
 
 async fn one(stage: &Stage, target: &Target, seconds: u64, name: &str, title: &str) -> Result<()> {
     let data = stage.folder().join(name);
     let mut perf = Command::new("perf")
-        .args(["record", "--quiet", "-e", "cpu-clock", "-F", FREQUENCY, "-g"])
+        .args([
+            "record",
+            "--quiet",
+            "-e",
+            "cpu-clock",
+            "-F",
+            FREQUENCY,
+            "-g",
+        ])
         .args(["-p", &stage.server_id().to_string(), "-o"])
         .arg(&data)
         .args(["--", "sleep", &seconds.to_string()])
@@ -49,7 +71,11 @@ async fn one(stage: &Stage, target: &Target, seconds: u64, name: &str, title: &s
     drive(target, CALLERS, Duration::from_millis(500), length).await?;
     perf.wait()?;
 
-    let script = Command::new("perf").arg("script").arg("-i").arg(&data).output()?;
+    let script = Command::new("perf")
+        .arg("script")
+        .arg("-i")
+        .arg(&data)
+        .output()?;
     if !script.status.success() {
         return Err(String::from_utf8_lossy(&script.stderr).into_owned().into());
     }
