@@ -47,19 +47,16 @@ pub struct Unreadable;
 pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
     let text = std::str::from_utf8(bytes).map_err(|_| Unreadable)?;
     let hidden;
-    let envelope = match Object::parse(text) {
+    let envelope = match Envelope::parse(text) {
         Some(envelope) => envelope,
         // Python writes numbers that JSON does not have.
         None => {
             hidden = message::hide_non_finite(text);
-            Object::parse(&hidden).ok_or(Unreadable)?
+            Envelope::of(&Object::parse(&hidden).ok_or(Unreadable)?)
         }
     };
-    let kind = envelope.get("type").and_then(read_text).ok_or(Unreadable)?;
-    let data = envelope
-        .get("data")
-        .and_then(read_object)
-        .ok_or(Unreadable)?;
+    let kind = envelope.kind.and_then(read_text).ok_or(Unreadable)?;
+    let data = envelope.data.ok_or(Unreadable)?;
 
     let role = role_of(&kind, &data);
     let is_assistant = role == Role::Assistant;
@@ -401,6 +398,57 @@ impl<'a> Object<'a> {
     }
 }
 
+/// The object around a message, with the inner one read in the same pass.
+struct Envelope<'a> {
+    kind: Option<&'a RawValue>,
+    data: Option<Object<'a>>,
+}
+
+impl<'a> Envelope<'a> {
+    /// `None` also where the data of an element is no object.
+    fn parse(text: &'a str) -> Option<Self> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Envelope<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let (mut kind, mut data) = (None, None);
+                while let Some(key) = map.next_key::<&RawValue>()? {
+                    match &*name_of(key) {
+                        "type" => kind = Some(map.next_value()?),
+                        "data" => data = Some(map.next_value()?),
+                        _ => drop(map.next_value::<&RawValue>()?),
+                    }
+                }
+                Ok(Envelope { kind, data })
+            }
+        }
+        let mut deserializer = serde_json::Deserializer::from_str(text);
+        let envelope = deserializer.deserialize_map(Reader).ok()?;
+        deserializer.end().ok()?;
+        Some(envelope)
+    }
+
+    fn of(object: &Object<'a>) -> Self {
+        Self {
+            kind: object.get("type"),
+            data: object.get("data").and_then(read_object),
+        }
+    }
+}
+
+/// A key; where UTF-8 cannot hold it, its JSON text.
+fn name_of(key: &RawValue) -> Cow<'_, str> {
+    match message::read_string(key.get()) {
+        Some(name) if name.is_exact => name.shown,
+        _ => Cow::Borrowed(key.get()),
+    }
+}
+
 impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Reader;
@@ -415,10 +463,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
                 // As many as a message has.
                 let mut members = Vec::with_capacity(8);
                 while let Some((key, value)) = map.next_entry::<&RawValue, &RawValue>()? {
-                    let name = match message::read_string(key.get()) {
-                        Some(name) if name.is_exact => name.shown,
-                        _ => Cow::Borrowed(key.get()),
-                    };
+                    let name = name_of(key);
                     members.push(Member { name, key, value });
                 }
                 Ok(members)
@@ -1006,6 +1051,30 @@ mod tests {
         r#"{"type": "remove", "data": {"content": "", "additional_kwargs": {}, "response_metadata": {}, "type": "remove", "name": null, "id": "m1"}}"#,
         r#"{"type": "human", "data": {"content": ["a", {"type": "text", "text": "b"}, {"type": "image_url", "image_url": {"url": "https://example.com/x.png", "detail": "low"}}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAEC"}}, {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}], "additional_kwargs": {}, "response_metadata": {}, "type": "human", "name": null, "id": null, "custom": [1]}}"#,
     ];
+
+    #[test]
+    fn of_an_element_the_last_type_and_data_count_however_their_keys_are_written() {
+        let text_of = |json: &str| decode(json.as_bytes()).map(|m| m.draft.content.text());
+        let data = r#"{"content": "hi"}"#;
+        for json in [
+            format!(r#"{{"type": "human", "data": {data}}}"#),
+            format!(
+                r#"{{"data": {{"content": "old"}}, "type": "ai", "type": "human", "data": {data}}}"#
+            ),
+            format!(
+                r#"{{"data": 1, "\u0074ype": "human", "d\u0061ta": {data}, "other": [1, {{}}]}}"#
+            ),
+        ] {
+            assert_eq!(text_of(&json).as_deref(), Ok("hi"), "{json}");
+        }
+        for json in [
+            format!(r#"{{"type": "human", "data": {data}, "data": 1}}"#),
+            format!(r#"{{"type": "human", "data": {data}}} 1"#),
+            format!(r#"{{"type": 1, "data": {data}}}"#),
+        ] {
+            assert_eq!(text_of(&json), Err(Unreadable), "{json}");
+        }
+    }
 
     #[test]
     fn what_langchain_wrote_is_written_again_to_the_byte() {
