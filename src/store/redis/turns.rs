@@ -43,7 +43,9 @@ impl TurnStore for Redis {
         let (is_new, reply) = if self.connection.keeps_order() {
             // Sent one behind the other, and run so: one way to Redis and back in place of two.
             let (is_new, reply) = join(note, self.write(&script)).await;
-            (is_new?, reply?)
+            let reply = reply?;
+            // It may have begun, and nobody would look for it.
+            (is_new.map_err(unsure)?, reply)
         } else {
             (note.await?, self.write(&script).await?)
         };
@@ -279,6 +281,14 @@ impl Redis {
     async fn index(&self, commands: &Pipeline) -> std::result::Result<Vec<Value>, Failure> {
         let (values, _) = self.connection.query(commands).await?;
         Ok(values)
+    }
+}
+
+/// What it means for a turn that it could not be noted.
+fn unsure(error: Error) -> Error {
+    match error {
+        Error::Unavailable(reason) => Error::OutcomeUnknown(reason),
+        other => other,
     }
 }
 
