@@ -47,19 +47,16 @@ pub struct Unreadable;
 pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
     let text = std::str::from_utf8(bytes).map_err(|_| Unreadable)?;
     let hidden;
-    let envelope = match Object::parse(text) {
+    let envelope = match Envelope::parse(text) {
         Some(envelope) => envelope,
         // Python writes numbers that JSON does not have.
         None => {
             hidden = message::hide_non_finite(text);
-            Object::parse(&hidden).ok_or(Unreadable)?
+            Envelope::of(&Object::parse(&hidden).ok_or(Unreadable)?)
         }
     };
-    let kind = envelope.get("type").and_then(read_text).ok_or(Unreadable)?;
-    let data = envelope
-        .get("data")
-        .and_then(read_object)
-        .ok_or(Unreadable)?;
+    let kind = envelope.kind.and_then(read_text).ok_or(Unreadable)?;
+    let data = envelope.data.ok_or(Unreadable)?;
 
     let role = role_of(&kind, &data);
     let is_assistant = role == Role::Assistant;
@@ -342,6 +339,7 @@ const SCANNED_MAX: usize = 32;
 
 /// A JSON object whose values stay as they are written, so that nothing is altered: no number, no
 /// order, no nesting.
+#[derive(Default)]
 struct Object<'a>(Vec<Member<'a>>);
 
 struct Member<'a> {
@@ -400,6 +398,57 @@ impl<'a> Object<'a> {
     }
 }
 
+/// The object around a message, with the inner one read in the same pass.
+struct Envelope<'a> {
+    kind: Option<&'a RawValue>,
+    data: Option<Object<'a>>,
+}
+
+impl<'a> Envelope<'a> {
+    /// `None` also where the data of an element is no object.
+    fn parse(text: &'a str) -> Option<Self> {
+        struct Reader;
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Envelope<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let (mut kind, mut data) = (None, None);
+                while let Some(key) = map.next_key::<&RawValue>()? {
+                    match &*name_of(key) {
+                        "type" => kind = Some(map.next_value()?),
+                        "data" => data = Some(map.next_value()?),
+                        _ => drop(map.next_value::<&RawValue>()?),
+                    }
+                }
+                Ok(Envelope { kind, data })
+            }
+        }
+        let mut deserializer = serde_json::Deserializer::from_str(text);
+        let envelope = deserializer.deserialize_map(Reader).ok()?;
+        deserializer.end().ok()?;
+        Some(envelope)
+    }
+
+    fn of(object: &Object<'a>) -> Self {
+        Self {
+            kind: object.get("type"),
+            data: object.get("data").and_then(read_object),
+        }
+    }
+}
+
+/// A key; where UTF-8 cannot hold it, its JSON text.
+fn name_of(key: &RawValue) -> Cow<'_, str> {
+    match message::read_string(key.get()) {
+        Some(name) if name.is_exact => name.shown,
+        _ => Cow::Borrowed(key.get()),
+    }
+}
+
 impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Reader;
@@ -414,10 +463,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
                 // As many as a message has.
                 let mut members = Vec::with_capacity(8);
                 while let Some((key, value)) = map.next_entry::<&RawValue, &RawValue>()? {
-                    let name = match message::read_string(key.get()) {
-                        Some(name) if name.is_exact => name.shown,
-                        _ => Cow::Borrowed(key.get()),
-                    };
+                    let name = name_of(key);
                     members.push(Member { name, key, value });
                 }
                 Ok(members)
@@ -453,18 +499,30 @@ impl Extra {
 
 /// Adds a member whose key needs no escapes.
 fn push_member(members: &mut String, key: &str, json: &str) {
-    push_all(members, &["\"", key, "\": ", json]);
+    push_key(members, key);
+    members.push_str(json);
+}
+
+/// Begins such a member: its value is to follow.
+fn push_key(members: &mut String, key: &str) {
+    push_comma(members);
+    for piece in ["\"", key, "\": "] {
+        members.push_str(piece);
+    }
 }
 
 fn push_raw_member(members: &mut String, key: &str, json: &str) {
-    push_all(members, &[key, ": ", json]);
+    push_comma(members);
+    for piece in [key, ": ", json] {
+        members.push_str(piece);
+    }
 }
 
-fn push_all(members: &mut String, pieces: &[&str]) {
-    if !members.is_empty() {
+/// Between two members; before the first one, there is nothing or an open brace.
+fn push_comma(members: &mut String) {
+    if !members.is_empty() && !members.ends_with('{') {
         members.push_str(", ");
     }
-    pieces.iter().for_each(|piece| members.push_str(piece));
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -675,70 +733,77 @@ fn write_calls(calls: Option<&RawValue>, keys: &[&str]) -> String {
 /// Writes an element as LangChain writes it.
 pub fn encode(message: &Message) -> Bytes {
     let draft = &message.draft;
-    let empty = Object(Vec::new());
-    let extra_text = draft.langchain.as_ref().map_or("{}", Json::as_str);
-    let extra = Object::parse(extra_text).unwrap_or(empty);
+    let extra = draft.langchain.as_ref();
+    let extra = extra.and_then(|extra| Object::parse(extra.as_str()));
+    let extra = extra.unwrap_or_default();
     let kind = extra.get("type").and_then(read_string);
     let kind = kind.filter(|kind| CHUNKS.contains(&kind.as_str()));
-    let kind = string(kind.as_deref().unwrap_or(kind_of(&draft.role)));
+    let kind = kind.as_deref().unwrap_or(kind_of(&draft.role));
     // A text of LangChain's that ours only shows: it stands for as long as ours is unchanged.
     let exact = |key: &str, shown: &str| {
         let value = extra.get(key)?;
         (read_string(value)? == shown).then(|| python_style(value.get()))
     };
-    let required = |key: &str, text: &str| exact(key, text).unwrap_or_else(|| string(text));
-    let optional = |key: &str, text: &Option<String>| match text {
-        Some(text) => required(key, text),
-        None => exact(key, "").unwrap_or_else(|| "null".to_owned()),
+    let push_required = |json: &mut String, key: &str, text: &str| {
+        push_key(json, key);
+        match exact(key, text) {
+            Some(exact) => json.push_str(&exact),
+            None => push_string(json, text),
+        }
+    };
+    let push_optional = |json: &mut String, key: &str, text: &Option<String>| match text {
+        Some(text) => push_required(json, key, text),
+        None => push_member(json, key, exact(key, "").as_deref().unwrap_or("null")),
     };
 
-    let mut data = String::with_capacity(draft.size() + 256);
-    let content = match &draft.content {
-        Content::Text(text) if text.is_empty() && is_list_given(&extra) => "[]".to_owned(),
-        Content::Text(text) => required("content", text),
-        Content::Parts(parts) => list(parts.iter().map(write_part)),
-    };
-    push_member(&mut data, "content", &content);
-    push_member(
-        &mut data,
-        "additional_kwargs",
-        &write_kwargs(message, &extra),
-    );
+    // Nearly all elements fit into it: what is beside the texts has 130 to 200 bytes.
+    let mut json = String::with_capacity(draft.size() + 256);
+    json.push('{');
+    push_key(&mut json, "type");
+    push_string(&mut json, kind);
+    push_key(&mut json, "data");
+    json.push('{');
+    match &draft.content {
+        Content::Text(text) if text.is_empty() && is_list_given(&extra) => {
+            push_member(&mut json, "content", "[]");
+        }
+        Content::Text(text) => push_required(&mut json, "content", text),
+        Content::Parts(parts) => {
+            push_member(&mut json, "content", &list(parts.iter().map(write_part)));
+        }
+    }
+    push_key(&mut json, "additional_kwargs");
+    push_kwargs(&mut json, message, &extra);
     let response_metadata = extra.get("response_metadata");
-    push_member(
-        &mut data,
-        "response_metadata",
-        &response_metadata.map_or_else(|| "{}".into(), |value| python_style(value.get())),
-    );
-    push_member(&mut data, "type", &kind);
-    push_member(&mut data, "name", &optional("name", &draft.name));
-    push_member(&mut data, "id", &optional("id", &draft.id));
+    let response_metadata = response_metadata.map(|value| python_style(value.get()));
+    let response_metadata = response_metadata.as_deref().unwrap_or("{}");
+    push_member(&mut json, "response_metadata", response_metadata);
+    push_key(&mut json, "type");
+    push_string(&mut json, kind);
+    push_optional(&mut json, "name", &draft.name);
+    push_optional(&mut json, "id", &draft.id);
     match &draft.role {
         Role::Assistant => {
             let exact_calls = extra.get("tool_calls");
             let exact_calls = exact_calls.filter(|c| read_tool_calls(c) == draft.tool_calls);
             let calls = exact_calls.map(|calls| python_style(calls.get()));
             let calls = calls.unwrap_or_else(|| write_tool_calls(&draft.tool_calls));
-            push_member(&mut data, "tool_calls", &calls);
+            push_member(&mut json, "tool_calls", &calls);
             let invalid = write_calls(extra.get("invalid_tool_calls"), &INVALID_CALL_KEYS);
-            push_member(&mut data, "invalid_tool_calls", &invalid);
-            push_member(
-                &mut data,
-                "usage_metadata",
-                &write_usage(draft.usage, &extra),
-            );
+            push_member(&mut json, "invalid_tool_calls", &invalid);
+            let usage = write_usage(draft.usage, &extra);
+            push_member(&mut json, "usage_metadata", &usage);
         }
         Role::Tool => {
             let id = draft.tool_call_id.as_deref().unwrap_or_default();
-            push_member(&mut data, "tool_call_id", &required("tool_call_id", id));
+            push_required(&mut json, "tool_call_id", id);
             let artifact = extra.get("artifact").map_or("null", RawValue::get);
-            push_member(&mut data, "artifact", &python_style(artifact));
+            push_member(&mut json, "artifact", &python_style(artifact));
             let status = extra.get("status").map_or("\"success\"", RawValue::get);
-            let status = python_style(status);
-            push_member(&mut data, "status", &status);
+            push_member(&mut json, "status", &python_style(status));
         }
         Role::Other(name) if kind_of(&draft.role) == "chat" => {
-            push_member(&mut data, "role", &required("role", name));
+            push_required(&mut json, "role", name);
         }
         Role::System | Role::User | Role::Other(_) => {}
     }
@@ -767,9 +832,10 @@ pub fn encode(message: &Message) -> Bytes {
             }
             _ => python_style(member.value.get()),
         };
-        push_raw_member(&mut data, &python_style(member.key.get()), &value);
+        push_raw_member(&mut json, &python_style(member.key.get()), &value);
     }
-    Bytes::from(format!("{{\"type\": {kind}, \"data\": {{{data}}}}}"))
+    json.push_str("}}");
+    Bytes::from(json)
 }
 
 fn is_list_given(extra: &Object<'_>) -> bool {
@@ -790,18 +856,19 @@ fn is_chunk(kind: &str) -> bool {
     kind.ends_with("MessageChunk")
 }
 
-fn write_kwargs(message: &Message, extra: &Object<'_>) -> String {
+fn push_kwargs(json: &mut String, message: &Message, extra: &Object<'_>) {
     let given = extra.get("additional_kwargs").and_then(read_object);
-    let mut members = String::new();
+    json.push('{');
     if let Some(given) = given {
         let ours = match &message.draft.reasoning {
             Some(_) => &[OURS, REASONING][..],
             None => &[OURS],
         };
-        members = python_style(&given.without(ours));
+        json.push_str(&python_style(&given.without(ours)));
     }
     if let Some(reasoning) = &message.draft.reasoning {
-        push_member(&mut members, REASONING, &string(reasoning));
+        push_key(json, REASONING);
+        push_string(json, reasoning);
     }
 
     let mut ours = String::new();
@@ -821,9 +888,9 @@ fn write_kwargs(message: &Message, extra: &Object<'_>) -> String {
         push_member(&mut ours, "metadata", &python_style(metadata.as_str()));
     }
     if !ours.is_empty() {
-        push_member(&mut members, OURS, &format!("{{{ours}}}"));
+        push_member(json, OURS, &format!("{{{ours}}}"));
     }
-    format!("{{{members}}}")
+    json.push('}');
 }
 
 fn write_part(part: &Part) -> String {
@@ -893,8 +960,13 @@ fn list(items: impl Iterator<Item = String>) -> String {
 
 /// A string as Python's `json.dumps` prints it: ASCII only.
 fn string(text: &str) -> String {
-    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
     let mut json = String::with_capacity(text.len() + 2);
+    push_string(&mut json, text);
+    json
+}
+
+fn push_string(json: &mut String, text: &str) {
+    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
     json.push('"');
     let mut rest = text;
     while let Some(character) = rest.chars().next() {
@@ -912,12 +984,11 @@ fn string(text: &str) -> String {
                 rest = &rest[plain..];
                 continue;
             }
-            _ => push_escaped(&mut json, character),
+            _ => push_escaped(json, character),
         }
         rest = &rest[character.len_utf8()..];
     }
     json.push('"');
-    json
 }
 
 fn push_escaped(json: &mut String, character: char) {
@@ -980,6 +1051,30 @@ mod tests {
         r#"{"type": "remove", "data": {"content": "", "additional_kwargs": {}, "response_metadata": {}, "type": "remove", "name": null, "id": "m1"}}"#,
         r#"{"type": "human", "data": {"content": ["a", {"type": "text", "text": "b"}, {"type": "image_url", "image_url": {"url": "https://example.com/x.png", "detail": "low"}}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAEC"}}, {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}], "additional_kwargs": {}, "response_metadata": {}, "type": "human", "name": null, "id": null, "custom": [1]}}"#,
     ];
+
+    #[test]
+    fn of_an_element_the_last_type_and_data_count_however_their_keys_are_written() {
+        let text_of = |json: &str| decode(json.as_bytes()).map(|m| m.draft.content.text());
+        let data = r#"{"content": "hi"}"#;
+        for json in [
+            format!(r#"{{"type": "human", "data": {data}}}"#),
+            format!(
+                r#"{{"data": {{"content": "old"}}, "type": "ai", "type": "human", "data": {data}}}"#
+            ),
+            format!(
+                r#"{{"data": 1, "\u0074ype": "human", "d\u0061ta": {data}, "other": [1, {{}}]}}"#
+            ),
+        ] {
+            assert_eq!(text_of(&json).as_deref(), Ok("hi"), "{json}");
+        }
+        for json in [
+            format!(r#"{{"type": "human", "data": {data}, "data": 1}}"#),
+            format!(r#"{{"type": "human", "data": {data}}} 1"#),
+            format!(r#"{{"type": 1, "data": {data}}}"#),
+        ] {
+            assert_eq!(text_of(&json), Err(Unreadable), "{json}");
+        }
+    }
 
     #[test]
     fn what_langchain_wrote_is_written_again_to_the_byte() {

@@ -508,7 +508,7 @@ impl Draft {
             }
         }
 
-        let is_remove = self.role == Role::Other("remove".to_owned());
+        let is_remove = matches!(&self.role, Role::Other(name) if name == "remove");
         let may_be_empty = self.role == Role::Tool || is_remove || self.langchain.is_some();
         let says_nothing = match &self.content {
             Content::Text(text) => text.is_empty(),

@@ -4,6 +4,7 @@
 use std::{
     io::{self, Write as _},
     net::SocketAddr,
+    num::NonZero,
     process::ExitCode,
     sync::Arc,
     time::Duration,
@@ -110,14 +111,28 @@ pub fn tool(work: impl Future<Output = ExitCode>) -> ExitCode {
 fn run(config: &Config) -> Result<(), Failure> {
     // The filter was checked with the other settings.
     telemetry::start(config.log_format, &config.log).ok();
-    let runtime = runtime(config.workers)?;
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let runtime = runtime(workers(config.workers, cores))?;
     let outcome = runtime.block_on(run_until_signal(config));
     runtime.shutdown_timeout(RUNTIME_LIMIT);
     outcome
 }
 
-/// What calls are served on. A runtime of one thread never wakes another: a call costs a fifth to a
-/// third less CPU.
+/// Cores up to which one thread serves all calls, if nothing else is said. A runtime of one thread
+/// never wakes another, so that an append costs a third less CPU, and the other core has Redis, the
+/// embedded store's own threads, and the clients. With more cores, one thread would be the ceiling.
+const ONE_THREAD_CORES_MAX: usize = 2;
+
+/// How many threads serve calls. `cores`: as many as this process may use, by its cgroup, too.
+fn workers(asked: usize, cores: usize) -> usize {
+    match asked {
+        0 if cores <= ONE_THREAD_CORES_MAX => 1,
+        0 => cores,
+        asked => asked,
+    }
+}
+
+/// What calls are served on.
 fn runtime(workers: usize) -> io::Result<tokio::runtime::Runtime> {
     use tokio::runtime::Builder;
     let mut builder = match workers {
@@ -337,7 +352,13 @@ mod tests {
         let flavor = runtime(1).unwrap().handle().runtime_flavor();
         assert_eq!(flavor, RuntimeFlavor::CurrentThread);
         assert_eq!(runtime(3).unwrap().metrics().num_workers(), 3);
-        let flavor = runtime(0).unwrap().handle().runtime_flavor();
+        let flavor = runtime(3).unwrap().handle().runtime_flavor();
         assert_eq!(flavor, RuntimeFlavor::MultiThread);
+    }
+
+    #[test]
+    fn one_thread_serves_small_machines_and_a_thread_a_core_the_others() {
+        assert_eq!([1, 2, 3, 8].map(|cores| workers(0, cores)), [1, 1, 3, 8]);
+        assert_eq!([1, 2, 5].map(|asked| workers(asked, 2)), [1, 2, 5]);
     }
 }

@@ -126,7 +126,8 @@ enum Role {
     /// The model of the turns.
     Provider,
     /// The servers that chat-memory is compared with.
-    Peers,
+    Hello,
+    Naive,
 }
 
 /// How to measure.
@@ -184,11 +185,16 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     use tokio::runtime::Builder;
     let on_one_thread = || Builder::new_current_thread().enable_all().build();
-    // As the server's.
     let on_all_threads = || Builder::new_multi_thread().enable_all().build();
     match cli.role {
         Some(Role::Provider) => return on_one_thread()?.block_on(provider::run()),
-        Some(Role::Peers) => return on_all_threads()?.block_on(peers::run(&cli.redis)),
+        // As the server's by default.
+        Some(Role::Hello) if std::thread::available_parallelism()?.get() <= 2 => {
+            return on_one_thread()?.block_on(peers::hello());
+        }
+        Some(Role::Hello) => return on_all_threads()?.block_on(peers::hello()),
+        // As tokio has it by default, and so a server of an afternoon.
+        Some(Role::Naive) => return on_all_threads()?.block_on(peers::naive(&cli.redis)),
         None => {}
     }
     if let Some(from) = &cli.from {

@@ -53,7 +53,8 @@ const EMBEDDED: &str = "chat-memory, embedded";
 /// All processes and clients.
 pub struct Stage {
     pub redis: Redis,
-    peers: Child,
+    hello: Child,
+    naive: Child,
     server: Child,
     embedded: Child,
     clients: Clients,
@@ -111,7 +112,8 @@ impl Stage {
         let folder = bench.program.parent().unwrap_or(Path::new("."));
         let folder = tempfile::tempdir_in(folder)?;
         let redis = Redis::start(&[])?;
-        let peers = Child::role("peers", folder.path(), &["--redis", &redis.url()])?;
+        let hello = Child::role("hello", folder.path(), &[])?;
+        let naive = Child::role("naive", folder.path(), &["--redis", &redis.url()])?;
         let socket = format!("unix:{}", folder.path().join("socket").display());
         let quiet = ["--log", "warn"];
         let listen = ["--listen", "127.0.0.1:0"];
@@ -127,10 +129,13 @@ impl Stage {
             let channels = connect_all(address).await?;
             Ok(channels.into_iter().map(ChatMemoryClient::new).collect())
         };
-        let plain = connect_all(peers.tcp()?).await?;
+        let (to_hello, to_naive) = (
+            connect_all(hello.tcp()?).await?,
+            connect_all(naive.tcp()?).await?,
+        );
         let clients = Clients {
-            hello: plain.iter().cloned().map(HelloClient::new).collect(),
-            naive: plain.iter().cloned().map(NaiveClient::new).collect(),
+            hello: to_hello.into_iter().map(HelloClient::new).collect(),
+            naive: to_naive.into_iter().map(NaiveClient::new).collect(),
             ours: of(server.tcp()?).await?,
             socket: of(&socket).await?,
             embedded: of(embedded.tcp()?).await?,
@@ -141,7 +146,8 @@ impl Stage {
         let answer: AppendResponse = clients.ours[0].clone().append(request).await?.into_inner();
         Ok(Self {
             redis,
-            peers,
+            hello,
+            naive,
             server,
             embedded,
             clients,
@@ -159,7 +165,7 @@ impl Stage {
         };
         Target::new(
             HELLO,
-            [self.peers.id(), self.redis.id()],
+            [self.hello.id(), self.redis.id()],
             move |caller, _| {
                 let mut client = clients[caller % clients.len()].clone();
                 let say = say.clone();
@@ -177,7 +183,7 @@ impl Stage {
         let element = Bytes::from(langchain_element());
         Target::new(
             NAIVE,
-            [self.peers.id(), self.redis.id()],
+            [self.naive.id(), self.redis.id()],
             move |caller, call| {
                 let mut client = clients[caller % clients.len()].clone();
                 let request = PushRequest {
@@ -196,7 +202,7 @@ impl Stage {
         let clients = self.clients.naive.clone();
         Target::new(
             NAIVE,
-            [self.peers.id(), self.redis.id()],
+            [self.naive.id(), self.redis.id()],
             move |caller, _| {
                 let mut client = clients[caller % clients.len()].clone();
                 let request = LastRequest {

@@ -1,13 +1,14 @@
 //! The two servers that chat-memory is compared with: `hello`, which does nothing, so that it shows
 //! the limit of gRPC; and `naive`, which does what an afternoon's work would: a push and an EXPIRE
-//! in a script, LRANGE passed through. Both run as the server does: the same tonic, the same kind
-//! of runtime, the same profile.
+//! in a script, LRANGE passed through. Each is a process of its own, with the same tonic and the same
+//! profile as the server. `hello` has the server's runtime, `naive` tokio's default.
 
 use bytes::Bytes;
 use redis::{Script, aio::ConnectionManager};
 use tokio::net::TcpListener;
 use tonic::{
     Request, Response, Status,
+    service::Routes,
     transport::{Server, server::TcpIncoming},
 };
 
@@ -79,8 +80,13 @@ impl Naive for PushIt {
     }
 }
 
-/// Serves both until the process is killed.
-pub async fn run(redis: &str) -> Result<()> {
+/// Serves `hello` until the process is killed.
+pub async fn hello() -> Result<()> {
+    serve(Routes::new(HelloServer::new(SayIt))).await
+}
+
+/// Serves `naive` until the process is killed.
+pub async fn naive(redis: &str) -> Result<()> {
     let client = redis::Client::open(redis)?;
     let naive = PushIt {
         redis: client.get_connection_manager().await?,
@@ -90,11 +96,14 @@ pub async fn run(redis: &str) -> Result<()> {
              return length",
         ),
     };
+    serve(Routes::new(NaiveServer::new(naive))).await
+}
+
+async fn serve(routes: Routes) -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     crate::ready(&listener.local_addr()?.to_string());
     Server::builder()
-        .add_service(HelloServer::new(SayIt))
-        .add_service(NaiveServer::new(naive))
+        .add_routes(routes)
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
         .await?;
     Ok(())

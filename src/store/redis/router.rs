@@ -90,6 +90,11 @@ impl Connection {
         matches!(self, Self::Cluster(_))
     }
 
+    /// Whether all commands are run in the order in which they are sent: over one connection.
+    pub(super) fn keeps_order(&self) -> bool {
+        matches!(self, Self::One { writers: None, .. })
+    }
+
     pub(super) fn reachable(&self) -> watch::Receiver<bool> {
         match self {
             Self::One { node, .. } => node.reachable(),
