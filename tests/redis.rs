@@ -1851,6 +1851,20 @@ async fn reads_extend_a_life_if_asked_but_do_not_write_each_time() {
     let _: i64 = redis.command(&["PERSIST", LIST]).await;
     read(&store).await;
     assert_close(pttl(&redis, LIST).await, 100_000);
+
+    // A read of the newest, again and again, as time goes by.
+    let newest = Read {
+        last: Some(1),
+        ..ALL
+    };
+    for _ in 0..3 {
+        let expires_at = (unix_ms(&redis).await + 94_000).to_string();
+        let _: i64 = redis.command(&["PEXPIREAT", LIST, &expires_at]).await;
+        let facts = ["HSET", FACTS, "expires_at", &expires_at];
+        let _: i64 = redis.command(&facts).await;
+        store.read(&session(), newest).await.unwrap();
+        assert!(pttl(&redis, LIST).await > 95_000);
+    }
 }
 
 #[tokio::test]

@@ -153,6 +153,8 @@ pub struct Redis {
     index: Index,
     watch: Watch,
     lean: Lean,
+    /// Whether reads start the time to live anew, which `scripts/read.lua` does.
+    reads_extend: bool,
     key_prefix: String,
     description: String,
 }
@@ -175,6 +177,7 @@ impl Redis {
                 &prefix,
             ),
             lean: Lean::new(),
+            reads_extend: settings.upkeep.reads_extend,
             description,
             connection,
             scripts,
@@ -257,7 +260,7 @@ impl Redis {
         read: Read,
         element_max: usize,
     ) -> Result<Option<Page>> {
-        let Some(wanted) = newest_of(&read) else {
+        let Some(wanted) = newest_of(&read).filter(|_| !self.reads_extend) else {
             return Ok(None);
         };
         let Some(node) = self
