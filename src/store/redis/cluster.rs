@@ -23,7 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::InvalidSettings;
 use super::connection::{CONNECTION_WAIT, Failure, Node, Server, explain};
-use super::invocation::Invocation;
+use super::invocation::{Invocation, for_each};
 use super::url::{describe, parse_several};
 use super::writers::Writers;
 
@@ -362,11 +362,7 @@ impl Cluster {
         script: &redis::Script,
         calls: &[(Vec<&str>, [&str; 2])],
     ) -> Result<Vec<Value>, Failure> {
-        let mut commands = redis::pipe();
-        for (keys, arguments) in calls {
-            commands.cmd("EVALSHA").arg(script.get_hash());
-            commands.arg(keys.len()).arg(keys).arg(arguments);
-        }
+        let commands = for_each(script, calls);
         for _ in 1..LOADS_MAX {
             match self.query(&commands).await {
                 Err(Failure::Refused(error)) if is_no_script(&error) => {

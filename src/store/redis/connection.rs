@@ -26,7 +26,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::InvalidSettings;
 use super::cluster::{key_of, tag_of};
-use super::invocation::Invocation;
+use super::invocation::{Invocation, for_each};
 use super::sentinel::Sentinels;
 
 /// How long a call waits for a connection when there is none.
@@ -595,11 +595,7 @@ impl Node {
         script: &redis::Script,
         calls: &[(Vec<&str>, [&str; 2])],
     ) -> Result<Vec<Value>, Failure> {
-        let mut commands = redis::pipe();
-        for (keys, arguments) in calls {
-            commands.cmd("EVALSHA").arg(script.get_hash());
-            commands.arg(keys.len()).arg(keys).arg(arguments);
-        }
+        let commands = for_each(script, calls);
         self.query_by(script, &commands).await
     }
 

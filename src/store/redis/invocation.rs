@@ -2,7 +2,7 @@
 //! itself first; here they are written once, into the command that is sent.
 
 use redis::aio::ConnectionLike;
-use redis::{Cmd, ErrorKind, RedisResult, Script, ServerErrorKind, ToRedisArgs, Value};
+use redis::{Cmd, ErrorKind, Pipeline, RedisResult, Script, ServerErrorKind, ToRedisArgs, Value};
 
 /// Bytes that most invocations fit into, besides what is stored.
 const USUAL_BYTES: usize = 1_024;
@@ -44,4 +44,15 @@ impl<'a> Invocation<'a> {
             answer => answer,
         }
     }
+}
+
+/// The commands that call a script once for each of these keys and arguments.
+pub(super) fn for_each(script: &Script, calls: &[(Vec<&str>, [&str; 2])]) -> Pipeline {
+    let mut commands = redis::pipe();
+    for (keys, arguments) in calls {
+        let mut call = Invocation::new(script, keys);
+        call.arg(arguments);
+        commands.add_command(call.command);
+    }
+    commands
 }

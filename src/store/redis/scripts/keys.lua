@@ -41,8 +41,8 @@
 -- the server share it. Only the plain case of an append goes by the server's day: records stay an hour
 -- longer, so that a clock which is late by less does no harm.
 --
--- Every script returns a table that begins with a word. These come from all of them, and mean that
--- nothing was written:
+-- Every script returns a table that begins with a word, but append.lua, when it has stored, a number.
+-- These come from all of them, and mean that nothing was written:
 --
 --   { 'wrong type', key }   the key holds something else
 --   { 'corrupt', key }      the facts make no sense
