@@ -6,11 +6,13 @@
 
 use std::{borrow::Cow, fmt};
 
-use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD as BASE64, URL_SAFE_NO_PAD},
+};
 use serde::de::Visitor;
 use serde_json::value::RawValue;
 use sha2::{Digest as _, Sha256};
-use ulid::Ulid;
 
 /// Bytes of a session id, at most. Redis allows more; a key this long is already odd.
 pub const SESSION_ID_BYTES_MAX: usize = 512;
@@ -603,15 +605,20 @@ pub fn now_ms() -> UnixMillis {
     i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// The prefix of message ids that the server makes. What follows is a ULID, which holds the time
-/// at which the message was created.
+/// The prefix of message ids that the server makes.
 ///
 /// (Not `msg_`: LangChain sends ids that begin so to OpenAI as OpenAI's own.)
 pub const ID_PREFIX: &str = "cm_";
+/// Bytes of a message id that the server makes: the prefix, and 84 bits as 14 characters of URL-safe
+/// base64. Half of them are the time at which the message was created, in milliseconds since 1970, up
+/// to the year 2109. The id is in every element: a ULID would take 12 bytes more.
+pub const ID_BYTES: usize = ID_PREFIX.len() + 14;
+/// Bits of each half.
+const ID_HALF: u32 = 42;
 
-/// Makes the id of a message that the client gave none: `cm_` and a ULID of the time and of what
-/// makes the message unique. The same arguments give the same id, so a repeated request can be
-/// answered without having kept the first answer.
+/// Makes the id of a message that the client gave none, of the time and of what makes the message
+/// unique. The same arguments give the same id, so a repeated request can be answered without having
+/// kept the first answer.
 pub fn make_id(session: &SessionId, request: &str, index: usize, time_ms: UnixMillis) -> String {
     let mut digest = Sha256::new();
     for text in [session.as_str(), request] {
@@ -620,16 +627,32 @@ pub fn make_id(session: &SessionId, request: &str, index: usize, time_ms: UnixMi
     }
     digest.update((index as u64).to_be_bytes());
     let hash = digest.finalize();
-    let mut random = [0; 16];
-    random.copy_from_slice(&hash[..16]);
-    let ulid = Ulid::from_parts(time_ms.max(0) as u64, u128::from_be_bytes(random));
-    format!("{ID_PREFIX}{ulid}")
+    let half = |bytes: [u8; 8]| u128::from(u64::from_be_bytes(bytes) & ((1 << ID_HALF) - 1));
+    let time = half(time_ms.max(0).to_be_bytes());
+    let unique = half(std::array::from_fn(|place| hash[place]));
+    // Left in its bytes, where base64 begins; what comes after it is nothing.
+    let bits = (time << ID_HALF | unique) << (u128::BITS - 2 * ID_HALF);
+    let mut id = String::with_capacity(ID_PREFIX.len() + 22);
+    id.push_str(ID_PREFIX);
+    URL_SAFE_NO_PAD.encode_string(bits.to_be_bytes(), &mut id);
+    id.truncate(ID_BYTES);
+    id
 }
 
 /// When a message with this id was created, if the server made the id.
 pub fn time_of_id(id: &str) -> Option<UnixMillis> {
-    let ulid = Ulid::from_string(id.strip_prefix(ID_PREFIX)?).ok()?;
-    i64::try_from(ulid.timestamp_ms()).ok()
+    let made = id.strip_prefix(ID_PREFIX)?.as_bytes();
+    // One that holds nothing makes these characters whole bytes.
+    let mut padded = [b'A'; ID_BYTES - ID_PREFIX.len() + 1];
+    let (used, _) = padded.split_at_mut(ID_BYTES - ID_PREFIX.len());
+    if used.len() != made.len() {
+        return None;
+    }
+    used.copy_from_slice(made);
+    let mut bytes = [0; 12];
+    URL_SAFE_NO_PAD.decode_slice(padded, &mut bytes).ok()?;
+    let head = u64::from_be_bytes(std::array::from_fn(|place| bytes[place]));
+    i64::try_from(head >> (u64::BITS - ID_HALF)).ok()
 }
 
 /// A message as a session holds it.
@@ -812,6 +835,19 @@ mod tests {
         assert_ne!(id, make_id(&session, "r", 1, 1_763_910_000_123));
         assert_ne!(id, make_id(&session, "q", 0, 1_763_910_000_123));
         assert_eq!(time_of_id(&id), Some(1_763_910_000_123));
-        assert_eq!(time_of_id("run-123"), None);
+        assert_eq!(id.len(), ID_BYTES);
+        for other in [
+            "run-123",
+            "cm_",
+            &id[..16],
+            &format!("{id}A"),
+            "cm_ZqTAp6 7kR3_xY",
+        ] {
+            assert_eq!(time_of_id(other), None, "{other}");
+        }
+        for (time_ms, held) in [(0, 0), (-5, 0), ((1 << 42) - 1, (1 << 42) - 1)] {
+            let id = make_id(&session, "r", 0, time_ms);
+            assert_eq!(time_of_id(&id), Some(held));
+        }
     }
 }

@@ -28,7 +28,7 @@ fn settle(value: &mut Value) {
                 match (name.as_str(), value.as_str()) {
                     ("createTime", Some(_)) => *value = "2026-01-01T12:00:00.000Z".into(),
                     ("id", Some(id)) if id.starts_with("cm_") => {
-                        *value = format!("cm_01KDWAYZE06QJ8W2V5B3N9T4R{sequence}").into();
+                        *value = format!("cm_ZsUBu0AEXbq3R{sequence}").into();
                     }
                     ("turnId", Some(id)) if id.len() == 26 => {
                         *value = "01KDWAYZE0C4GX7M1H8S2P6DVB".into();

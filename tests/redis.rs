@@ -539,7 +539,7 @@ async fn only_record(redis: &Redis) -> (usize, Vec<u8>, Vec<u8>) {
 #[tokio::test]
 async fn a_request_is_remembered_over_a_change_of_day() {
     let (redis, store) = start().await;
-    let with_id = |n: u64| format!(r#"{{"id": "cm_{n:026}"}}"#);
+    let with_id = |n: u64| format!(r#"{{"id": "cm_{n:014}"}}"#);
     let (one, two, three) = (with_id(1), with_id(2), with_id(3));
     let first = append(&store, &[&one, &two]).await;
     let (bucket, field, record) = only_record(&redis).await;
@@ -706,7 +706,7 @@ fn elements_fetched(commands: &[String]) -> i64 {
 #[tokio::test]
 async fn the_newest_are_read_beside_a_script_once_they_are_known_to_be_small() {
     let (redis, store) = start().await;
-    let with_id = |n: usize, size: usize| format!("{n:size$} \"id\": \"cm_{n:026}\"}}");
+    let with_id = |n: usize, size: usize| format!("{n:size$} \"id\": \"cm_{n:014}\"}}");
     for n in 1..=3 {
         append(&store, &[&with_id(n, 10)]).await;
     }

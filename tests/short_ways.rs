@@ -88,7 +88,7 @@ async fn do_it(store: &RedisStore, redis: &Redis, id: &str, act: &Act, time_ms: 
     match act {
         Act::Append { elements, request } => {
             let element = |(index, (has_id, n)): (usize, &(bool, u8))| match has_id {
-                true => format!(r#"{{"n": {n}, "id": "cm_{time_ms:020}{index:06}"}}"#),
+                true => format!(r#"{{"n": {n}, "id": "cm_{time_ms:013}{index:01}"}}"#),
                 false => format!("without {n}"),
             };
             let append = Append {

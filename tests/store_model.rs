@@ -80,7 +80,7 @@ fn operation() -> impl Strategy<Value = Operation> {
     let element = prop_oneof![
         4 => prop::collection::vec(any::<u8>(), 0..12),
         // With an id as the server makes it, by which a store may know it.
-        6 => any::<u32>().prop_map(|n| format!(r#"{{"id": "cm_{n:026}"}}"#).into_bytes()),
+        6 => any::<u32>().prop_map(|n| format!(r#"{{"id": "cm_{n:014}"}}"#).into_bytes()),
         1 => prop::collection::vec(any::<u8>(), 1_000..3_000),
         3 => Just(QUESTION.to_vec()),
     ];

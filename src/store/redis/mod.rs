@@ -36,7 +36,7 @@ use super::{
     Append, Appended, Body, Cursor, ELEMENT_BYTES_MAX, Element, Epoch, Error, List, Order, Page,
     REQUEST_MEMORY_MS, Read, RequestKey, Result, Sequence, SessionsPage, Store,
 };
-use crate::message::{ID_PREFIX, SessionId, UnixMillis, now_ms};
+use crate::message::{ID_BYTES, ID_PREFIX, SessionId, UnixMillis, now_ms};
 use crate::secret::Secret;
 
 mod cluster;
@@ -61,8 +61,6 @@ pub const TIMEOUT_MS_DEFAULT: u64 = 2_000;
 
 /// Bytes of a stamp: what was asked, and when.
 const STAMP_BYTES: usize = 10;
-/// Bytes of an id that the server makes: its prefix and a ULID.
-const MARK_BYTES: usize = ID_PREFIX.len() + ulid::ULID_LEN;
 /// How far from the end of an element its id is looked for, in bytes.
 const MARK_WITHIN: usize = 512;
 
@@ -663,17 +661,17 @@ fn mark_of(element: &[u8]) -> Option<&[u8]> {
     let tail = &element[element.len().saturating_sub(MARK_WITHIN)..];
     let has_id = |at: &usize| {
         let rest = &tail[at + BEFORE.len()..];
-        rest.len() > MARK_BYTES
+        rest.len() > ID_BYTES
             && rest.starts_with(ID_PREFIX.as_bytes())
-            && rest[ID_PREFIX.len()..MARK_BYTES]
+            && rest[ID_PREFIX.len()..ID_BYTES]
                 .iter()
-                .all(u8::is_ascii_alphanumeric)
-            && rest[MARK_BYTES] == b'"'
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(byte))
+            && rest[ID_BYTES] == b'"'
     };
     let places = tail.windows(BEFORE.len()).enumerate().rev();
     let mut found = places.filter(|(_, part)| *part == BEFORE).map(|(at, _)| at);
     let start = found.find(has_id)? + BEFORE.len();
-    Some(&tail[start..start + MARK_BYTES])
+    Some(&tail[start..start + ID_BYTES])
 }
 
 #[cfg(test)]
@@ -682,7 +680,7 @@ mod tests {
 
     #[test]
     fn an_element_is_known_by_the_id_that_the_server_made() {
-        let id = "cm_01M85FWE6B64VXBFZ1ZM3PWTPA";
+        let id = "cm_ZqTAp6-7kR3_xY";
         let known = |text: String| mark_of(text.as_bytes()).map(<[u8]>::to_vec);
         let of_user = format!(r#"{{"content": "a", "name": null, "id": "{id}"}}"#);
         let of_model = format!(r#"{{"id": "{id}", "tool_calls": [{{"id": "call_1"}}]}}"#);
@@ -695,7 +693,7 @@ mod tests {
             r#"{"id": "run-0"}"#.to_owned(),
             // Not as the server makes them, broken off, or a text that speaks of one.
             format!(r#"{{"id": "{id}0"}}"#),
-            r#"{"id": "cm_01M85FWE6B64VXBFZ1ZM3PW PA"}"#.to_owned(),
+            r#"{"id": "cm_ZqTAp6-7kR3 xY"}"#.to_owned(),
             format!(r#"{{"id": "{id}"#),
             format!(r#"{{"content": "\"id\": \"{id}\""}}"#),
             format!("{of_model}{}", " ".repeat(MARK_WITHIN)),
