@@ -54,7 +54,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
 
 /// Reads what most elements are: a text and perhaps an id, the rest just as `json.dumps` prints what
 /// LangChain fills in, and nothing of ours but a turn. `None` for any other; never anything else than
-/// [`decode_any`] would read, which takes six times as long.
+/// [`decode_any`] would read, which takes over ten times as long.
 fn decode_plain(text: &str) -> Option<Message> {
     // What comes after the id. Older writers say that a message is no example.
     const OF_USER: [&str; 2] = ["}}", r#", "example": false}}"#];
