@@ -52,23 +52,14 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
     }
 }
 
-/// Reads what most elements are: a text and perhaps an id, the rest just as `json.dumps` prints what
-/// LangChain fills in, and nothing of ours but a turn. `None` for any other; never anything else than
-/// [`decode_any`] would read, which takes over ten times as long.
+/// Reads what most elements are: a text, perhaps an id and what the provider said of the answer, the
+/// rest just as `json.dumps` prints what LangChain fills in, and nothing of ours but a turn. `None` for
+/// any other; never anything else than [`decode_any`] would read, which takes over ten times as long.
 fn decode_plain(text: &str) -> Option<Message> {
-    // What comes after the id. Older writers say that a message is no example.
-    const OF_USER: [&str; 2] = ["}}", r#", "example": false}}"#];
-    const OF_ASSISTANT: [&str; 3] = [
-        r#", "tool_calls": [], "invalid_tool_calls": [], "usage_metadata": null}}"#,
-        r#", "example": false, "tool_calls": [], "invalid_tool_calls": [], "usage_metadata": null}}"#,
-        r#", "example": false, "tool_calls": [], "invalid_tool_calls": []}}"#,
-    ];
-    let kinds: [(_, _, &[_]); 2] = [
-        (Role::User, r#"human""#, &OF_USER),
-        (Role::Assistant, r#"ai""#, &OF_ASSISTANT),
-    ];
+    const KINDS: [(&str, Role); 2] = [("human\"", Role::User), ("ai\"", Role::Assistant)];
     let rest = text.strip_prefix(r#"{"type": ""#)?;
-    let (role, kind, ends) = kinds.into_iter().find(|kind| rest.starts_with(kind.1))?;
+    let mut kinds = KINDS.into_iter();
+    let (kind, role) = kinds.find(|(kind, _)| rest.starts_with(kind))?;
     let rest = rest[kind.len()..].strip_prefix(r#", "data": {"content": "#)?;
     let (content, rest) = split_string(rest)?;
     let rest = rest.strip_prefix(r#", "additional_kwargs": {"#)?;
@@ -79,26 +70,53 @@ fn decode_plain(text: &str) -> Option<Message> {
         }
         None => (None, rest),
     };
-    let rest = rest.strip_prefix(r#"}, "response_metadata": {}, "type": ""#)?;
-    let rest = rest
-        .strip_prefix(kind)?
-        .strip_prefix(r#", "name": null, "id": "#)?;
+    let rest = rest.strip_prefix(r#"}, "response_metadata": "#)?;
+    let (response, rest) = match rest.strip_prefix("{}") {
+        Some(rest) => (None, rest),
+        None if rest.starts_with('{') => {
+            split_json::<&RawValue>(rest).map(|(v, r)| (Some(v), r))?
+        }
+        None => return None,
+    };
+    let rest = rest.strip_prefix(r#", "type": ""#)?.strip_prefix(kind)?;
+    let rest = rest.strip_prefix(r#", "name": null, "id": "#)?;
     let (id, rest) = match rest.strip_prefix("null") {
         Some(rest) => (None, rest),
         None => split_string(rest).map(|(id, rest)| (Some(id), rest))?,
     };
-    // There, what is empty has a meaning.
-    if content.is_empty() || id.as_ref().is_some_and(|id| id.is_empty()) || !ends.contains(&rest) {
+    // Older writers say so.
+    let rest = rest.strip_prefix(r#", "example": false"#).unwrap_or(rest);
+    let (usage, rest) = match role {
+        Role::Assistant => {
+            let rest = rest.strip_prefix(r#", "tool_calls": [], "invalid_tool_calls": []"#)?;
+            match rest.strip_prefix(r#", "usage_metadata": "#) {
+                Some(rest) => split_usage(rest)?,
+                None => (None, rest),
+            }
+        }
+        _ => (None, rest),
+    };
+    // What is empty has a meaning there.
+    if rest != "}}" || content.is_empty() || id.as_ref().is_some_and(|id| id.is_empty()) {
         return None;
     }
-    let mut message = Message {
-        draft: Draft::text(role, content),
-        create_time_ms: id.as_deref().and_then(time_of_id),
+
+    let mut extra = Extra::default();
+    if let Some(response) = response {
+        extra.add("response_metadata", response.get());
+    }
+    let create_time_ms = id.as_deref().and_then(time_of_id);
+    Some(Message {
+        draft: Draft {
+            id: id.map(Cow::into_owned),
+            usage,
+            langchain: extra.into_json(),
+            ..Draft::text(role, content)
+        },
+        create_time_ms,
         interrupted: false,
         turn_id,
-    };
-    message.draft.id = id.map(Cow::into_owned);
-    Some(message)
+    })
 }
 
 /// Reads the JSON string that a text begins with, and returns what comes after it. `None` if there is
@@ -111,9 +129,36 @@ fn split_string(text: &str) -> Option<(Cow<'_, str>, &str)> {
         let is_odd = |odd, byte| odd | (byte < b' ');
         return (!shown.bytes().fold(false, is_odd)).then_some((Cow::Borrowed(shown), rest));
     }
-    let mut values = serde_json::Deserializer::from_str(text).into_iter::<String>();
-    let shown = values.next()?.ok()?;
-    Some((Cow::Owned(shown), &text[values.byte_offset()..]))
+    split_json::<String>(text).map(|(shown, rest)| (Cow::Owned(shown), rest))
+}
+
+/// Reads the JSON value that a text begins with, and returns what comes after it.
+fn split_json<'a, T: Deserialize<'a>>(text: &'a str) -> Option<(T, &'a str)> {
+    let mut values = serde_json::Deserializer::from_str(text).into_iter();
+    let value = values.next()?.ok()?;
+    Some((value, &text[values.byte_offset()..]))
+}
+
+/// Reads what is said of usage where a text begins: nothing, or just the counts that there must be.
+fn split_usage(text: &str) -> Option<(Option<Usage>, &str)> {
+    if let Some(rest) = text.strip_prefix("null") {
+        return Some((None, rest));
+    }
+    let mut rest = text;
+    let mut count = |before: &str| -> Option<i64> {
+        let number = rest.strip_prefix(before)?;
+        let end = number.find(|char: char| !char.is_ascii_digit())?;
+        let (digits, after) = number.split_at(end);
+        rest = after;
+        let is_json = digits == "0" || !digits.starts_with('0');
+        digits.parse().ok().filter(|_| is_json)
+    };
+    let usage = Usage {
+        input_tokens: count(r#"{"input_tokens": "#)?,
+        output_tokens: count(r#", "output_tokens": "#)?,
+        total_tokens: count(r#", "total_tokens": "#)?,
+    };
+    Some((Some(usage), rest.strip_prefix('}')?))
 }
 
 fn decode_any(text: &str) -> Result<Message, Unreadable> {
@@ -1112,7 +1157,7 @@ mod tests {
 
     /// Elements as langchain-core 1.x writes them, one of each kind.
     const ELEMENTS: &[&str] = &[
-        r#"{"type": "ai", "data": {"content": "a\nb", "additional_kwargs": {"chat_memory": {"turn_id": "t"}}, "response_metadata": {}, "type": "ai", "name": null, "id": "cm_ZqTAp6-7kR3_xY", "tool_calls": [], "invalid_tool_calls": [], "usage_metadata": null}}"#,
+        r#"{"type": "ai", "data": {"content": "a\nb", "additional_kwargs": {"chat_memory": {"turn_id": "t"}}, "response_metadata": {"model_name": "m"}, "type": "ai", "name": null, "id": "cm_ZqTAp6-7kR3_xY", "tool_calls": [], "invalid_tool_calls": [], "usage_metadata": {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}}}"#,
         r#"{"type": "human", "data": {"content": "hi", "additional_kwargs": {}, "response_metadata": {}, "type": "human", "name": null, "id": null}}"#,
         r#"{"type": "system", "data": {"content": "be kind \u00e9 \ud83c\udf89 \u007f \n", "additional_kwargs": {}, "response_metadata": {}, "type": "system", "name": "root", "id": "s1"}}"#,
         r#"{"type": "ai", "data": {"content": "", "additional_kwargs": {"refusal": null, "reasoning_content": "hm"}, "response_metadata": {"created": 1700000000, "logprob": -0.10, "big": 123456789012345678901234567890}, "type": "ai", "name": null, "id": "run-1", "tool_calls": [{"name": "add", "args": {"a": 1.0, "b": [1, 2]}, "id": "c1", "type": "tool_call"}, {"name": "now", "args": {}, "id": null, "type": "tool_call"}], "invalid_tool_calls": [{"type": "invalid_tool_call", "id": "c2", "name": "x", "args": "{", "error": "cut"}], "usage_metadata": {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3, "input_token_details": {"cache_read": 1}}}}"#,
@@ -1388,38 +1433,49 @@ mod tests {
         }
     }
 
-    /// An element of this kind, as it is printed, with these inside.
-    fn plain(kind: &str, content: &str, kwargs: &str, id: &str, end: &str) -> String {
+    /// An element as it is printed, with these inside.
+    fn plain(
+        kind: &str,
+        content: &str,
+        kwargs: &str,
+        response: &str,
+        id: &str,
+        end: &str,
+    ) -> String {
         format!(
             "{{\"type\": \"{kind}\", \"data\": {{\"content\": {content}, \
-             \"additional_kwargs\": {{{kwargs}}}, \"response_metadata\": {{}}, \
+             \"additional_kwargs\": {{{kwargs}}}, \"response_metadata\": {response}, \
              \"type\": \"{kind}\", \"name\": null, \"id\": {id}{end}}}}}"
         )
     }
 
     const NO_EXAMPLE: &str = r#", "example": false"#;
     const NO_CALLS: &str = r#", "tool_calls": [], "invalid_tool_calls": []"#;
-    const NO_USAGE: &str = r#", "usage_metadata": null"#;
 
     #[test]
     fn plain_elements_are_read_the_short_way_as_the_long_one() {
+        let usage = r#"{"input_tokens": 10, "output_tokens": 0, "total_tokens": 10}"#;
         let ends = [
             ("human", String::new()),
             ("human", NO_EXAMPLE.to_owned()),
-            ("ai", format!("{NO_CALLS}{NO_USAGE}")),
-            ("ai", format!("{NO_EXAMPLE}{NO_CALLS}{NO_USAGE}")),
-            ("ai", format!("{NO_EXAMPLE}{NO_CALLS}")),
+            ("ai", NO_CALLS.to_owned()),
+            (
+                "ai",
+                format!(r#"{NO_EXAMPLE}{NO_CALLS}, "usage_metadata": null"#),
+            ),
+            ("ai", format!(r#"{NO_CALLS}, "usage_metadata": {usage}"#)),
         ];
         let contents = [r#""hi""#, r#""a\n\ud83c\udf89 \" \u00e9""#, r#""é""#];
+        let turns = ["", r#""chat_memory": {"turn_id": "t\u00e9"}"#];
+        let responses = ["{}", r#"{"model_name": "m", "a": [1.0, {"b": "\u00e9"}]}"#];
         let ids = ["null", r#""a""#, r#""cm_ZqTAp6-7kR3_xY""#, r#""\u00e9""#];
-        for (kind, end) in ends {
+        for (kind, end) in &ends {
             for content in contents {
-                for kwargs in ["", r#""chat_memory": {"turn_id": "t\u00e9"}"#] {
-                    for id in ids {
-                        let element = plain(kind, content, kwargs, id, &end);
-                        let message = decode_plain(&element).expect(&element);
-                        assert_eq!(Ok(message), decode_any(&element), "{element}");
-                    }
+                for n in 0..16 {
+                    let (turn, response, id) = (turns[n & 1], responses[n >> 1 & 1], ids[n >> 2]);
+                    let element = plain(kind, content, turn, response, id, end);
+                    let message = decode_plain(&element).expect(&element);
+                    assert_eq!(Ok(message), decode_any(&element), "{element}");
                 }
             }
         }
@@ -1427,12 +1483,26 @@ mod tests {
 
     #[test]
     fn whatever_else_is_read_the_long_way() {
-        let human = |content, kwargs, id, end| plain("human", content, kwargs, id, end);
+        let human = |content, kwargs, id, end| plain("human", content, kwargs, "{}", id, end);
         let hi = r#""hi""#;
+        let with_usage = |usage| {
+            let end = format!(r#"{NO_CALLS}, "usage_metadata": {usage}"#);
+            plain("ai", hi, "", "{}", "null", &end)
+        };
         for element in [
-            plain("system", hi, "", "null", ""),
-            plain("ai", hi, "", "null", ""),
-            plain("human", hi, "", "null", "").replacen("human", "ai", 1),
+            plain("system", hi, "", "{}", "null", ""),
+            plain("ai", hi, "", "{}", "null", ""),
+            plain("human", hi, "", "[]", "null", ""),
+            plain("human", hi, "", "{1}", "null", ""),
+            plain("human", hi, "", "{}", "null", "").replacen("human", "ai", 1),
+            with_usage(r#"{"input_tokens": 1, "output_tokens": 2, "total_tokens": 3, "a": {}}"#),
+            with_usage(r#"{"input_tokens": 1, "output_tokens": 02, "total_tokens": 3}"#),
+            with_usage(r#"{"input_tokens": 1, "output_tokens": 2}"#),
+            with_usage(r#"{"input_tokens": -1, "output_tokens": 2, "total_tokens": 3}"#),
+            with_usage(r#"{"input_tokens": 1.0, "output_tokens": 2, "total_tokens": 3}"#),
+            with_usage(
+                r#"{"input_tokens": 1, "output_tokens": 2, "total_tokens": 9223372036854775808}"#,
+            ),
             human(hi, "", "null", r#", "example": true"#),
             human(hi, "", "null", NO_CALLS),
             human(hi, "", "null", "}"),
