@@ -37,6 +37,8 @@ pub struct Wanted<'a> {
     /// What is sent to the model besides the history.
     pub besides: Vec<Draft>,
     pub purpose: Purpose<'a>,
+    /// What was read of the end of the session already, as [`first_read`] says.
+    pub newest: Option<Page>,
     /// What the window's messages may take together, as `weigh` says it of each. What cannot be
     /// weighed is left out.
     pub bytes_max: usize,
@@ -49,6 +51,23 @@ pub struct Asked {
     pub messages: Option<usize>,
     pub turns: Option<usize>,
     pub tokens: Option<usize>,
+}
+
+/// What the window with these bounds begins with reading, where it goes up to the end of the session.
+pub fn first_read(bounds: &Asked) -> Read {
+    next_read(None, 0, 0, bounds)
+}
+
+/// What to read next, before this sequence and after so many messages and bytes.
+fn next_read(before: Option<Sequence>, read: usize, bytes_read: usize, bounds: &Asked) -> Read {
+    Read {
+        order: Order::NewestFirst,
+        after: 0,
+        before,
+        last: None,
+        limit: next_limit(read, bounds),
+        bytes_max: next_bytes(bytes_read, bounds),
+    }
 }
 
 /// A window that was read.
@@ -69,7 +88,7 @@ pub struct History {
 pub async fn read(
     store: &dyn Store,
     session: &SessionId,
-    wanted: Wanted<'_>,
+    mut wanted: Wanted<'_>,
 ) -> Result<History, Error> {
     let counter = Counter {
         tokenizer: wanted.tokenizer,
@@ -82,17 +101,15 @@ pub async fn read(
     let mut epoch = None;
     let tokens_besides = counter.count(wanted.besides.clone()).await?;
     loop {
-        let read = Read {
-            order: Order::NewestFirst,
-            after: 0,
-            before: newest
-                .last()
-                .map_or(wanted.before, |entry| Some(entry.source.sequence)),
-            last: None,
-            limit: next_limit(newest.len(), &wanted.bounds),
-            bytes_max: next_bytes(bytes_read, &wanted.bounds),
+        let page = match wanted.newest.take() {
+            Some(page) => page,
+            None => {
+                let oldest = newest.last().map(|entry| entry.source.sequence);
+                let before = oldest.or(wanted.before);
+                let read = next_read(before, newest.len(), bytes_read, &wanted.bounds);
+                store.read(session, read).await?
+            }
         };
-        let page = store.read(session, read).await?;
         if epoch.is_some_and(|epoch| epoch != page.epoch) {
             return Err(store::Error::Cleared.into());
         }

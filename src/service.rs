@@ -127,6 +127,7 @@ impl Service {
             tokenizer: Some(tokenizer),
             besides: Vec::new(),
             purpose: Purpose::Reading,
+            newest: None,
             bytes_max: wire::WINDOW_BYTES_MAX,
             weigh: wire::weigh(request.include_raw),
         };
@@ -540,14 +541,16 @@ fn parse_call(mut request: pb::ChatRequest) -> Result<Call, Error> {
     let follows = request.messages.is_empty() && !turn_id.is_empty();
     let turn_id = id_or_new("turn_id", turn_id)?;
     let body = request.encode_to_vec();
-    if !follows {
-        check_ask(request)?;
-    }
+    let history = match follows {
+        true => Asked::default(),
+        false => check_ask(request)?.history,
+    };
     Ok(Call {
         session,
         key: RequestKey::new("turn", &turn_id, &body),
         turn_id,
         request: (!follows).then(|| body.into()),
+        history,
         resume_after,
         on_conflict,
         stop_on_disconnect,

@@ -27,6 +27,7 @@ use chat_memory::tokens::Tokenizer;
 use chat_memory::window::Purpose;
 use harness::proxy::{Mode, Proxy};
 use harness::redis::{Options, Redis};
+use harness::turns;
 use redis::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 
@@ -777,6 +778,55 @@ async fn the_newest_are_read_beside_a_script_once_they_are_known_to_be_small() {
 }
 
 #[tokio::test]
+async fn a_turn_is_noted_begun_and_read_for_in_one_way_to_redis() {
+    let (redis, store) = start().await;
+    let element = |n: usize| format!("{{\"id\": \"cm_{n:014}\"}}");
+    append(&store, &[&element(1), &element(2)]).await;
+    let newest = Read {
+        order: Order::NewestFirst,
+        limit: 50,
+        ..ALL
+    };
+    // That they are small, and both scripts.
+    for _ in 0..2 {
+        store.read(&session(), newest).await.unwrap();
+    }
+    let begin = async |name: &str, waits: bool| {
+        let begin = BeginTurn {
+            waits,
+            ..turns::begin(name, turns::lease())
+        };
+        let (turn, token) = (begin.key.id, begin.lease.token);
+        let begun = store.begin_turn_and_read(&session(), begin, newest).await;
+        let (begun, page) = begun.unwrap();
+        assert!(matches!(begun, Begun::Leased(_)), "{begun:?}");
+        assert_eq!(redis.command::<i64>(&["ZCARD", RUNNING]).await, 1);
+        let end = turns::end(turn, token, &[]);
+        store.end_turn(&session(), end).await.unwrap();
+        page
+    };
+    begin("loads the script", false).await;
+    let mut monitor = Monitor::start(&redis).await;
+    assert_eq!(
+        begin("a", false).await,
+        Some(store.read(&session(), newest).await.unwrap())
+    );
+    let (of_clients, _) = monitor.commands(&redis).await;
+    let all = of_clients.join("\n");
+    assert_eq!(all.matches("MULTI").count(), 2, "{all}");
+
+    // Who waits asks often.
+    assert_eq!(begin("b", true).await, None);
+    let _: Value = redis.command(&["SCRIPT", "FLUSH"]).await;
+    assert_eq!(begin("c", false).await, None);
+    assert_eq!(begin("d", false).await, None);
+    store.read(&session(), newest).await.unwrap();
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    let page = begin("e", false).await.unwrap();
+    assert_eq!((page.elements.len(), page.last_sequence), (3, 3));
+}
+
+#[tokio::test]
 async fn an_append_is_one_round_trip_and_so_is_a_read_which_fetches_what_it_returns() {
     let (redis, store) = start().await;
     let elements: Vec<String> = (1..=100).map(|n| format!("element {n}")).collect();
@@ -932,6 +982,7 @@ async fn read_window(store: &RedisStore, session: &SessionId, max_tokens: usize)
         tokenizer: Some(Tokenizer::O200k),
         besides: Vec::new(),
         purpose: Purpose::Reading,
+        newest: None,
         bytes_max: 3 << 20,
         weigh: |_, _| Some(0),
     };

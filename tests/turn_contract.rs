@@ -12,7 +12,7 @@ use chat_memory::store::turns::{
     BeginTurn, Begun, Chunk, FOLLOWED_EVERY_MS, FollowTurn, PLACE_MS, Stop, TakeTurn, Taken,
     TurnState, WAITING_MAX,
 };
-use chat_memory::store::{Error, List, RequestKey, Store};
+use chat_memory::store::{Error, List, Order, Read, RequestKey, Store};
 use futures_util::future::join_all;
 use harness::stores::{Backend, batch, fresh_session, read_all, texts};
 use harness::turns::{begin, brief_lease, end, follow, keep, lease, leased, take};
@@ -35,6 +35,31 @@ async fn a_new_turn_is_leased_and_a_repeat_answers_the_same(store: Shared, s: Se
     assert_eq!(got.request, first.request);
     let again = leased(store.begin_turn(&s, first).await.unwrap());
     assert_eq!(again, got);
+}
+
+/// What comes with a turn is the session as it is then, or nothing.
+async fn a_page_that_comes_with_a_turn_is_what_a_read_gives(store: Shared, s: SessionId) {
+    let newest = Read {
+        order: Order::NewestFirst,
+        after: 0,
+        before: None,
+        last: None,
+        limit: 3,
+        bytes_max: 1_000,
+    };
+    for name in ["a", "b", "c"] {
+        store.append(&s, batch([name, "with"])).await.unwrap();
+        let begin = begin(name, lease());
+        let (turn, token) = (begin.key.id, begin.lease.token);
+        let (begun, page) = store.begin_turn_and_read(&s, begin, newest).await.unwrap();
+        assert!(matches!(begun, Begun::Leased(_)), "{begun:?}");
+        let read = store.read(&s, newest).await.unwrap();
+        assert_eq!(page.unwrap_or_else(|| read.clone()), read);
+        store
+            .end_turn(&s, end(turn, token, &["q", "r"]))
+            .await
+            .unwrap();
+    }
 }
 
 async fn a_turn_id_is_not_for_two_requests(store: Shared, s: SessionId) {
@@ -567,6 +592,7 @@ macro_rules! contract {
 
             rules! { $backend:
                 a_new_turn_is_leased_and_a_repeat_answers_the_same,
+                a_page_that_comes_with_a_turn_is_what_a_read_gives,
                 a_turn_id_is_not_for_two_requests,
                 one_of_sixteen_simultaneous_begins_gets_the_lease,
                 another_turn_is_told_which_one_runs,

@@ -4,7 +4,7 @@
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{Appended, RequestKey, Result};
+use super::{Appended, Page, Read, RequestKey, Result};
 use crate::message::{SessionId, UnixMillis};
 
 /// How long a call that waits in line ([`BeginTurn::waits`]) keeps its place without asking again.
@@ -61,6 +61,18 @@ pub const FOLLOWED_EVERY_MS: i64 = 1_000;
 pub trait TurnStore: Send + Sync + 'static {
     /// Begins a turn on a session that has none, or runs a failed one anew.
     async fn begin_turn(&self, session: &SessionId, begin: BeginTurn) -> Result<Begun>;
+
+    /// Begins a turn, and reads the session right after that if it takes no further way to the store
+    /// and back. There is no page where it would, where nothing was begun, or where it cannot be read:
+    /// whoever has begun a turn then reads it as everyone else does.
+    async fn begin_turn_and_read(
+        &self,
+        session: &SessionId,
+        begin: BeginTurn,
+        _read: Read,
+    ) -> Result<(Begun, Option<Page>)> {
+        Ok((self.begin_turn(session, begin).await?, None))
+    }
 
     /// Takes a running turn whose lease has run out.
     async fn take_turn(&self, session: &SessionId, take: TakeTurn) -> Result<Taken>;

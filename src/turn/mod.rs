@@ -45,13 +45,13 @@ use tokio_util::{
 
 use crate::{
     error::{Error, Recorded},
-    history::Asked,
+    history::{self, Asked},
     langchain,
     message::{Draft, Message, PAGE_BYTES_MAX, SessionId},
     metrics::{self, Outcome},
     model::{Model, Prompt},
     store::{
-        self, Appended, Body, Element, Order, Read, RequestKey, Sequence, Store,
+        self, Appended, Body, Element, Order, Page, Read, RequestKey, Sequence, Store,
         turns::{
             BeginTurn, Begun, FollowTurn, Lease, Leased, Stop, StoppedTurn, TakeTurn, Taken, Token,
             TurnId, TurnState,
@@ -117,6 +117,8 @@ pub struct Call {
     pub key: RequestKey,
     /// What is asked; `None` to follow a turn that there is already.
     pub request: Option<Bytes>,
+    /// How much history it asks for: [`Ask::history`].
+    pub history: Asked,
     /// The number of the last event that the client has.
     pub resume_after: i64,
     pub on_conflict: OnConflict,
@@ -347,8 +349,10 @@ impl Turns {
             lease,
             waits: call.on_conflict == OnConflict::Wait,
         };
-        let begun = self.0.store.begin_turn(&call.session, begin).await;
-        let begun = begun.map_err(|error| Error::of_write(error, "turn_id"))?;
+        let read = history::first_read(&self.0.bounds(call.history));
+        let begun = self.0.store.begin_turn_and_read(&call.session, begin, read);
+        let begun = begun.await;
+        let (begun, newest) = begun.map_err(|error| Error::of_write(error, "turn_id"))?;
         if let Begun::Leased(leased) = &begun {
             self.run(Run {
                 session: call.session,
@@ -358,6 +362,7 @@ impl Turns {
                 leased: leased.clone(),
                 lease,
                 permit: Mutex::new(Some(permit)),
+                newest: Mutex::new(newest),
             });
         }
         Ok(begun)
@@ -442,6 +447,7 @@ impl Turns {
                 leased,
                 lease,
                 permit: Mutex::new(permit),
+                newest: Mutex::default(),
             });
         }
         Ok(())
@@ -577,9 +583,22 @@ struct Run {
     lease: Lease,
     /// Given back when it is `None`; never there for a turn that only has to be ended.
     permit: Mutex<Option<OwnedSemaphorePermit>>,
+    /// What was read of the history when it was leased, for the runner to take.
+    newest: Mutex<Option<Page>>,
 }
 
 impl Shared {
+    /// How much history a turn gets that asks for this.
+    fn bounds(&self, asked: Asked) -> Asked {
+        if asked != Asked::default() {
+            return asked;
+        }
+        Asked {
+            messages: Some(self.settings.history_messages),
+            ..asked
+        }
+    }
+
     fn lease(&self, token: Token) -> Lease {
         Lease {
             token,

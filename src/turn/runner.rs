@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     error::{Error, Recorded},
-    history::{self, Asked, History, Wanted},
+    history::{self, History, Wanted},
     langchain,
     message::{ANSWER_BYTES_MAX, Draft, Json, Role, SessionId, now_ms, stored_messages},
     metrics::{self, Outcome},
@@ -305,21 +305,18 @@ impl Runner {
 
     /// What the model is given of the session.
     async fn history(&self, ask: &Ask, tokenizer: Option<Tokenizer>) -> Result<History, Error> {
-        let mut bounds = ask.history;
-        if bounds == Asked::default() {
-            bounds.messages = Some(self.shared.settings.history_messages);
-        }
         let system = ask.prompt.system.as_ref();
         let system = system.map(|text| Draft::text(Role::System, text));
         let wanted = Wanted {
             before: None,
-            bounds,
+            bounds: self.shared.bounds(ask.history),
             tokenizer,
             besides: system
                 .into_iter()
                 .chain(ask.drafts.iter().cloned())
                 .collect(),
             purpose: Purpose::Asking(&ask.drafts),
+            newest: lock(&self.run.newest).take(),
             bytes_max: history::BYTES_MAX,
             weigh: |element, _| match &element.body {
                 Body::Bytes(bytes) => Some(bytes.len()),

@@ -810,6 +810,7 @@ impl Client {
                 turn_id: self.name.clone(),
                 key: key(&self.name),
                 request: (self.below(100) >= 15).then_some(request),
+                history: Default::default(),
                 resume_after: self.taken,
                 on_conflict: conflicts[self.below(3) as usize],
                 stop_on_disconnect: self.below(100) < 25,

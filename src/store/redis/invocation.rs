@@ -32,6 +32,11 @@ impl<'a> Invocation<'a> {
         self
     }
 
+    /// The command, for where it is sent beside others. Redis may not have the script.
+    pub(super) fn command(&self) -> &Cmd {
+        &self.command
+    }
+
     /// Runs the script. Where Redis does not have it, loads it first: NOSCRIPT means that nothing was
     /// run, so that running it again after that is safe.
     pub(super) async fn run(&self, connection: &mut impl ConnectionLike) -> RedisResult<Value> {

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use redis::{RedisError, Value};
+use redis::{Cmd, RedisError, Value};
 use tokio::sync::watch;
 
 use self::connection::{Failure, explain};
@@ -258,31 +258,51 @@ impl Redis {
         read: Read,
         element_max: usize,
     ) -> Result<Option<Page>> {
-        let Some(wanted) = newest_of(&read).filter(|_| !self.reads_extend) else {
-            return Ok(None);
-        };
-        let Some(node) = self
-            .connection
-            .one()
-            .filter(|_| self.lean.of(session) == Known::Small)
+        let (Some(node), Some(newest)) = (self.connection.one(), self.newest(session, &read))
         else {
             return Ok(None);
         };
-        let keys = Keys::new(&self.key_prefix, session);
-        let [list, facts, ..] = keys.in_order();
         let mut commands = redis::pipe();
         commands.atomic();
-        commands.cmd("EVALSHA").arg(self.scripts.head.get_hash());
-        commands.arg(2).arg(list).arg(facts).arg(now_ms());
-        commands.cmd("LRANGE").arg(list).arg(0).arg(wanted - 1);
+        for command in newest {
+            commands.add_command(command);
+        }
         let values = match node.query_by(&self.scripts.head, &commands).await {
             Ok(values) => values,
             // Whatever it is, the other way finds it, too, and says it.
             Err(Failure::Refused(_)) => Vec::new(),
             Err(failure) => return Err(failure_of_read(failure)),
         };
-        let Ok([Value::Array(head), Value::Array(newest)]) = <[Value; 2]>::try_from(values) else {
+        if !matches!(values[..], [Value::Array(_), Value::Array(_)]) {
             self.lean.note(session, Known::Unusual);
+        }
+        self.parse_newest(session, read, element_max, values)
+    }
+
+    /// The commands of a transaction that reads the newest elements, if it may be read so.
+    fn newest(&self, session: &SessionId, read: &Read) -> Option<[Cmd; 2]> {
+        let wanted = newest_of(read)?;
+        if self.reads_extend || self.lean.of(session) != Known::Small {
+            return None;
+        }
+        let keys = Keys::new(&self.key_prefix, session);
+        let [list, facts, ..] = keys.in_order();
+        let mut head = Invocation::new(&self.scripts.head, &[list, facts]);
+        head.arg(now_ms());
+        let mut newest = redis::cmd("LRANGE");
+        newest.arg(list).arg(0).arg(wanted - 1);
+        Some([head.command().clone(), newest])
+    }
+
+    /// Reads the answer to these. `None` if it must be read another way.
+    fn parse_newest(
+        &self,
+        session: &SessionId,
+        read: Read,
+        element_max: usize,
+        values: Vec<Value>,
+    ) -> Result<Option<Page>> {
+        let Ok([Value::Array(head), Value::Array(newest)]) = <[Value; 2]>::try_from(values) else {
             return Ok(None);
         };
         let &[Value::Int(last), Value::Int(epoch), Value::Int(length)] = &head[..] else {

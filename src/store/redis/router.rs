@@ -90,9 +90,12 @@ impl Connection {
         matches!(self, Self::Cluster(_))
     }
 
-    /// Whether all commands are run in the order in which they are sent: over one connection.
-    pub(super) fn keeps_order(&self) -> bool {
-        matches!(self, Self::One { writers: None, .. })
+    /// The Redis, if it is one and all commands, also those that write, take the same connection to it.
+    pub(super) fn only(&self) -> Option<&Node> {
+        match self {
+            Self::One { node, writers, .. } if writers.is_none() => Some(node),
+            _ => None,
+        }
     }
 
     pub(super) fn reachable(&self) -> watch::Receiver<bool> {

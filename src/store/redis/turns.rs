@@ -3,20 +3,22 @@
 //! ([`running_key`]).
 //!
 //! An entry is written before its turn can run and goes after the turn has ended, so that every
-//! turn that runs has one. Over one connection, it is sent right before the script that begins the
-//! turn, without waiting for its answer in between. Entries that are left over go when
+//! turn that runs has one. Where one connection takes all, the entry, the script that begins the turn
+//! and the commands that read the history are sent together, in this order. Entries that are left over go when
 //! [`TurnStore::take_turn`] looks. An entry that others deleted comes back twice in a lease, as long
 //! as the turn has a holder.
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::future::join;
-use redis::{Pipeline, Value};
+use redis::{Cmd, Pipeline, RedisError, Value};
 
-use super::connection::Failure;
+use super::connection::{CONNECTION_WAIT, Failure, Node, is_read_only};
 use super::invocation::Invocation;
 use super::layout::running_key;
-use super::{Redis, Reply, failure_of_read, to_lua, unexpected};
+use super::{
+    ELEMENT_BYTES_MAX, Page, Read, Redis, Reply, failure_of_read, failure_of_write, refused,
+    to_lua, unexpected,
+};
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::store::turns::{
     BeginTurn, Begun, Chunk, EndTurn, FollowTurn, Followed, KeepTurn, Kept, Leased, Stop,
@@ -27,49 +29,19 @@ use crate::store::{Appended, Error, Result};
 #[async_trait]
 impl TurnStore for Redis {
     async fn begin_turn(&self, session: &SessionId, begin: BeginTurn) -> Result<Begun> {
-        let turn = begin.key.id;
-        let lease = &begin.lease;
-        let look_ms = now_ms().saturating_add(lease.lease_ms);
-        let mut script = self.invocation(&self.scripts.turn_begin, session);
-        script
-            .arg(&turn)
-            .arg(&begin.key.fingerprint)
-            .arg(&begin.name)
-            .arg(begin.request.as_ref())
-            .arg(&lease.token.0)
-            .arg(lease.lease_ms)
-            .arg(lease.retention_ms)
-            .arg(lease.reserve)
-            .arg(u8::from(begin.waits));
-        let note = self.note(session, &turn, look_ms);
-        let (is_new, reply) = if self.connection.keeps_order() {
-            // Sent one behind the other, and run so: one way to Redis and back in place of two.
-            let (is_new, reply) = join(note, self.write(&script)).await;
-            let reply = reply?;
-            // It may have begun, and nobody would look for it.
-            (is_new.map_err(unsure)?, reply)
-        } else {
-            (note.await?, self.write(&script).await?)
-        };
-        let begun = parse_begun(reply);
+        let begun = self.begin(session, begin, None).await;
+        begun.map(|(begun, _)| begun)
+    }
 
-        let is_settled = match &begun {
-            // An entry that was there may be about to go, as that of an earlier attempt.
-            Ok(Begun::Leased(_)) if !is_new => {
-                let _ = self.note(session, &turn, look_ms).await;
-                false
-            }
-            Ok(Begun::Leased(_) | Begun::Exists(TurnState::Running { .. })) => false,
-            Ok(Begun::Exists(_)) => true,
-            // One that was there may be that of another call, which has the lease by now.
-            Ok(Begun::Busy { .. } | Begun::Waiting { .. } | Begun::LineFull) => is_new,
-            Err(Error::RequestReused) => is_new,
-            Err(_) => false,
-        };
-        if is_settled {
-            self.forget(session, &turn).await;
-        }
-        begun
+    async fn begin_turn_and_read(
+        &self,
+        session: &SessionId,
+        begin: BeginTurn,
+        read: Read,
+    ) -> Result<(Begun, Option<Page>)> {
+        // Who waits in line asks often, and mostly in vain.
+        let read = Some(read).filter(|_| !begin.waits);
+        self.begin(session, begin, read).await
     }
 
     async fn take_turn(&self, session: &SessionId, take: TakeTurn) -> Result<Taken> {
@@ -245,18 +217,131 @@ impl TurnStore for Redis {
 }
 
 impl Redis {
+    async fn begin(
+        &self,
+        session: &SessionId,
+        begin: BeginTurn,
+        read: Option<Read>,
+    ) -> Result<(Begun, Option<Page>)> {
+        let turn = begin.key.id;
+        let lease = &begin.lease;
+        let look_ms = now_ms().saturating_add(lease.lease_ms);
+        let mut script = self.invocation(&self.scripts.turn_begin, session);
+        script
+            .arg(&turn)
+            .arg(&begin.key.fingerprint)
+            .arg(&begin.name)
+            .arg(begin.request.as_ref())
+            .arg(&lease.token.0)
+            .arg(lease.lease_ms)
+            .arg(lease.retention_ms)
+            .arg(lease.reserve)
+            .arg(u8::from(begin.waits));
+        let (is_new, reply, page) = match self.connection.only() {
+            Some(node) => {
+                self.note_and_begin(node, session, &turn, look_ms, &script, read)
+                    .await?
+            }
+            None => {
+                let is_new = self.note(session, &turn, look_ms).await?;
+                (is_new, self.write(&script).await?, None)
+            }
+        };
+        let begun = parse_begun(reply);
+
+        let is_settled = match &begun {
+            // An entry that was there may be about to go, as that of an earlier attempt.
+            Ok(Begun::Leased(_)) if !is_new => {
+                let _ = self.note(session, &turn, look_ms).await;
+                false
+            }
+            Ok(Begun::Leased(_) | Begun::Exists(TurnState::Running { .. })) => false,
+            Ok(Begun::Exists(_)) => true,
+            // One that was there may be that of another call, which has the lease by now.
+            Ok(Begun::Busy { .. } | Begun::Waiting { .. } | Begun::LineFull) => is_new,
+            Err(Error::RequestReused) => is_new,
+            Err(_) => false,
+        };
+        if is_settled {
+            self.forget(session, &turn).await;
+        }
+        begun.map(|begun| (begun, page))
+    }
+
+    /// Enters a turn into the index, begins it, and reads the session if it may be read so: one way to
+    /// Redis and back. Returns whether the entry is new, what the script replied, and the page.
+    async fn note_and_begin(
+        &self,
+        node: &Node,
+        session: &SessionId,
+        turn: &TurnId,
+        look_ms: UnixMillis,
+        script: &Invocation<'_>,
+        read: Option<Read>,
+    ) -> Result<(bool, Reply, Option<Page>)> {
+        let note = self.note_command(session, turn, look_ms);
+        let mut commands = vec![(&note, false), (script.command(), false)];
+        let newest = read.and_then(|read| self.newest(session, &read));
+        let (multi, exec) = (redis::cmd("MULTI"), redis::cmd("EXEC"));
+        if let Some([head, newest]) = &newest {
+            commands.extend([&multi, head, newest, &exec].map(|command| (command, false)));
+        }
+        let mut answers = match node.send(&commands, CONNECTION_WAIT).await {
+            Ok((answers, _)) => answers.into_iter(),
+            Err(Failure::NoAnswer(reason)) => {
+                // All of it may be run again. Whatever that fails from, the first may have arrived.
+                let again = async {
+                    let is_new = self.note(session, turn, look_ms).await?;
+                    Ok((is_new, self.write(script).await?, None))
+                };
+                return again
+                    .await
+                    .map_err(|_: Error| Error::OutcomeUnknown(reason));
+            }
+            Err(failure) => return Err(failure_of_write(failure)),
+        };
+        let noted = parse_noted(answers.next());
+        let reply = match answers.next().unwrap_or_default() {
+            Value::ServerError(error) => {
+                let error = RedisError::from(error);
+                // It was not run: Redis does not have it, or is the master no more.
+                if error.code() != Some("NOSCRIPT") && !is_read_only(&error) {
+                    return Err(refused(&error));
+                }
+                let is_new = match noted {
+                    Ok(is_new) => is_new,
+                    Err(_) => self.note(session, turn, look_ms).await?,
+                };
+                return Ok((is_new, self.write(script).await?, None));
+            }
+            value => Reply::of(value)?,
+        };
+        let page = match (read, answers.last()) {
+            (Some(read), Some(Value::Array(values))) if newest.is_some() => {
+                let page = self.parse_newest(session, read, ELEMENT_BYTES_MAX, values);
+                page.ok().flatten()
+            }
+            _ => None,
+        };
+        // It may have begun, and nobody would look for it.
+        Ok((noted.map_err(unsure)?, reply, page))
+    }
+
     /// Enters a turn into the index, to be looked at from that time on, unless it is there. Says
     /// whether it was not.
     async fn note(&self, session: &SessionId, turn: &TurnId, look_ms: UnixMillis) -> Result<bool> {
         let mut commands = redis::pipe();
-        commands.cmd("ZADD").arg(running_key(&self.key_prefix));
-        commands.arg("NX").arg(look_ms).arg(entry(session, turn));
+        commands.add_command(self.note_command(session, turn, look_ms));
         // An entry alone begins nothing, so that no answer leaves nothing open.
         let values = self.index(&commands).await.map_err(failure_of_read)?;
-        match values.first() {
-            Some(Value::Int(added)) => Ok(*added == 1),
-            other => Err(unexpected(other.unwrap_or(&Value::Nil))),
-        }
+        parse_noted(values.into_iter().next())
+    }
+
+    fn note_command(&self, session: &SessionId, turn: &TurnId, look_ms: UnixMillis) -> Cmd {
+        let mut command = redis::cmd("ZADD");
+        command.arg(running_key(&self.key_prefix));
+        command.arg("NX").arg(look_ms).arg(entry(session, turn));
+        command
     }
 
     /// Has a turn looked at from that time on. If that fails, it is looked at in vain, or entered by
@@ -283,6 +368,15 @@ impl Redis {
     async fn index(&self, commands: &Pipeline) -> std::result::Result<Vec<Value>, Failure> {
         let (values, _) = self.connection.query(commands).await?;
         Ok(values)
+    }
+}
+
+/// Whether an entry is new.
+fn parse_noted(answer: Option<Value>) -> Result<bool> {
+    match answer.unwrap_or_default() {
+        Value::Int(added) => Ok(added == 1),
+        Value::ServerError(error) => Err(refused(&error.into())),
+        other => Err(unexpected(&other)),
     }
 }
 
