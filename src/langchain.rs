@@ -54,7 +54,7 @@ pub fn decode(bytes: &[u8]) -> Result<Message, Unreadable> {
 
 /// Reads what most elements are: a text, perhaps an id and what the provider said of the answer, the
 /// rest just as `json.dumps` prints what LangChain fills in, and nothing of ours but a turn. `None` for
-/// any other; never anything else than [`decode_any`] would read, which takes over ten times as long.
+/// any other; never anything else than [`decode_any`] would read, which takes several times as long.
 fn decode_plain(text: &str) -> Option<Message> {
     const KINDS: [(&str, Role); 2] = [("human\"", Role::User), ("ai\"", Role::Assistant)];
     let rest = text.strip_prefix(r#"{"type": ""#)?;

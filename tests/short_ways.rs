@@ -1,5 +1,5 @@
 //! Appends and reads of the newest have a short way in Redis for the plain case
-//! (`scripts/append_plain.lua`, `scripts/head.lua`), and must come to the same as the whole scripts:
+//! (`scripts/append_plain.lua`, `newest.rs`), and must come to the same as the whole scripts:
 //! random calls and acts of others on two sessions of one Redis, by a store that takes the short way
 //! and by one that never does. Answers and keys must be alike.
 

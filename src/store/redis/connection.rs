@@ -595,16 +595,7 @@ impl Node {
         script: &redis::Script,
         calls: &[(Vec<&str>, [&str; 2])],
     ) -> Result<Vec<Value>, Failure> {
-        let commands = for_each(script, calls);
-        self.query_by(script, &commands).await
-    }
-
-    /// Like [`query`](Self::query), for commands among which this script is called by its hash.
-    pub(super) async fn query_by(
-        &self,
-        script: &redis::Script,
-        commands: &redis::Pipeline,
-    ) -> Result<Vec<Value>, Failure> {
+        let commands = &for_each(script, calls);
         let mut answer = self.query(commands).await;
         if let Err(Failure::Refused(error)) = &answer
             && error.code() == Some("NOSCRIPT")

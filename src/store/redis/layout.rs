@@ -133,7 +133,6 @@ pub(super) fn pattern(prefix: &str) -> String {
 pub(super) struct Scripts {
     pub(super) append: Script,
     pub(super) read: Script,
-    pub(super) head: Script,
     pub(super) clear: Script,
     pub(super) expire: Script,
     pub(super) look: Script,
@@ -182,7 +181,6 @@ impl Scripts {
         Self {
             append,
             read: script(include_str!("scripts/read.lua")),
-            head: Script::new(&[keys, include_str!("scripts/head.lua")].concat()),
             clear: script(include_str!("scripts/clear.lua")),
             expire: script(include_str!("scripts/expire.lua")),
             look: telling_script(include_str!("scripts/look.lua")),

@@ -10,7 +10,7 @@
 //! - [`connection`]: how Redis is reached, and what happens when it is not
 //! - [`router`]: which connection a command takes; [`cluster`]: the nodes of a cluster, and their slots
 //! - [`sentinel`]: where the master is that Sentinels watch over; [`url`]: URLs of several servers
-//! - [`lean`]: which sessions have small elements, and so can be read in a quicker way
+//! - [`newest`]: a quicker way to read the newest elements; [`lean`]: of which sessions
 //! - [`invocation`]: a script and what it is given
 //! - [`writers`]: connections for writes that replicas must have
 //! - [`inspect`]: looks at keys as they are, without writing, for people who want to know
@@ -29,6 +29,7 @@ use self::index::Index;
 use self::invocation::Invocation;
 use self::layout::{Keys, Scripts, pattern};
 use self::lean::{Known, Lean, SMALL_MAX};
+use self::newest::{Found, Newest};
 use self::router::{Connection, Target};
 use self::watcher::Watch;
 use super::sessions::Upkeep;
@@ -46,6 +47,7 @@ pub mod inspect;
 mod invocation;
 mod layout;
 mod lean;
+mod newest;
 mod router;
 mod sentinel;
 mod sessions;
@@ -267,59 +269,55 @@ impl Redis {
         for command in newest {
             commands.add_command(command);
         }
-        let values = match node.query_by(&self.scripts.head, &commands).await {
-            Ok(values) => values,
+        match node.query(&commands).await {
+            Ok((answers, _)) => Ok(self.parse_newest(session, read, element_max, answers)),
             // Whatever it is, the other way finds it, too, and says it.
-            Err(Failure::Refused(_)) => Vec::new(),
-            Err(failure) => return Err(failure_of_read(failure)),
-        };
-        if !matches!(values[..], [Value::Array(_), Value::Array(_)]) {
-            self.lean.note(session, Known::Unusual);
+            Err(Failure::Refused(_)) => {
+                Ok(self.parse_newest(session, read, element_max, Vec::new()))
+            }
+            Err(failure) => Err(failure_of_read(failure)),
         }
-        self.parse_newest(session, read, element_max, values)
     }
 
-    /// The commands of a transaction that reads the newest elements, if it may be read so.
-    fn newest(&self, session: &SessionId, read: &Read) -> Option<[Cmd; 2]> {
+    /// The commands of a transaction that reads the newest elements, if they may be read so.
+    fn newest(&self, session: &SessionId, read: &Read) -> Option<[Cmd; 4]> {
         let wanted = newest_of(read)?;
-        if self.reads_extend || self.lean.of(session) != Known::Small {
-            return None;
-        }
-        let keys = Keys::new(&self.key_prefix, session);
-        let [list, facts, ..] = keys.in_order();
-        let mut head = Invocation::new(&self.scripts.head, &[list, facts]);
-        head.arg(now_ms());
-        let mut newest = redis::cmd("LRANGE");
-        newest.arg(list).arg(0).arg(wanted - 1);
-        Some([head.command().clone(), newest])
+        let may_be_read = !self.reads_extend && self.lean.of(session) == Known::Small;
+        may_be_read.then(|| newest::commands(&Keys::new(&self.key_prefix, session), wanted))
     }
 
-    /// Reads the answer to these. `None` if it must be read another way.
+    /// Reads the answers to these. `None` if it must be read another way.
     fn parse_newest(
         &self,
         session: &SessionId,
         read: Read,
         element_max: usize,
-        values: Vec<Value>,
-    ) -> Result<Option<Page>> {
-        let Ok([Value::Array(head), Value::Array(newest)]) = <[Value; 2]>::try_from(values) else {
-            return Ok(None);
+        answers: Vec<Value>,
+    ) -> Option<Page> {
+        let Newest {
+            last,
+            epoch,
+            length,
+            elements: newest,
+        } = match newest::read(answers, now_ms()) {
+            Found::Plain(newest) => newest,
+            Found::Changed => return None,
+            Found::Unusual => {
+                self.lean.note(session, Known::Unusual);
+                return None;
+            }
         };
-        let &[Value::Int(last), Value::Int(epoch), Value::Int(length)] = &head[..] else {
-            return Ok(None);
+        let body = |bytes: Vec<u8>| match bytes.len() > element_max {
+            true => Body::TooLarge(bytes.len()),
+            false => Body::Bytes(Bytes::from(bytes)),
         };
-
-        let mut elements = Vec::with_capacity(newest.len());
-        for (value, sequence) in newest.into_iter().zip((0..=last).rev()) {
-            let Value::BulkString(bytes) = value else {
-                return Err(unexpected(&value));
-            };
-            let body = match bytes.len() > element_max {
-                true => Body::TooLarge(bytes.len()),
-                false => Body::Bytes(Bytes::from(bytes)),
-            };
-            elements.push(Element { sequence, body });
-        }
+        let elements = newest.into_iter().zip((0..=last).rev());
+        let mut elements: Vec<_> = elements
+            .map(|(bytes, sequence)| Element {
+                sequence,
+                body: body(bytes),
+            })
+            .collect();
         self.lean.note_small(session, are_small(&elements));
         if read.order == Order::OldestFirst {
             elements.reverse();
@@ -334,14 +332,14 @@ impl Redis {
         });
         elements.truncate(past_limit.unwrap_or(elements.len()));
         let range = read.last.map_or(length, |last| to_lua(last).min(length));
-        Ok(Some(Page {
+        Some(Page {
             more: range > to_lua(elements.len()),
             elements,
             after: read.last.map_or(0, |count| (last - to_lua(count)).max(0)),
             before: last + 1,
             last_sequence: last,
-            epoch: Epoch(epoch),
-        }))
+            epoch,
+        })
     }
 
     /// Takes note of a write to a session that was acknowledged.

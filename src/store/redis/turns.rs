@@ -283,8 +283,9 @@ impl Redis {
         let mut commands = vec![(&note, false), (script.command(), false)];
         let newest = read.and_then(|read| self.newest(session, &read));
         let (multi, exec) = (redis::cmd("MULTI"), redis::cmd("EXEC"));
-        if let Some([head, newest]) = &newest {
-            commands.extend([&multi, head, newest, &exec].map(|command| (command, false)));
+        if let Some(newest) = &newest {
+            let transaction = [&multi].into_iter().chain(newest).chain([&exec]);
+            commands.extend(transaction.map(|command| (command, false)));
         }
         let mut answers = match node.send(&commands, CONNECTION_WAIT).await {
             Ok((answers, _)) => answers.into_iter(),
@@ -318,8 +319,7 @@ impl Redis {
         };
         let page = match (read, answers.last()) {
             (Some(read), Some(Value::Array(values))) if newest.is_some() => {
-                let page = self.parse_newest(session, read, ELEMENT_BYTES_MAX, values);
-                page.ok().flatten()
+                self.parse_newest(session, read, ELEMENT_BYTES_MAX, values)
             }
             _ => None,
         };
