@@ -756,7 +756,8 @@ async fn the_newest_are_read_beside_a_script_once_they_are_known_to_be_small() {
         append(&store, &[&with_id(n, 10)]).await;
     }
     calls().await;
-    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+    let theirs = "theirs".repeat(50);
+    let _: i64 = redis.command(&["LPUSH", LIST, &theirs]).await;
     calls().await;
     assert_eq!(shown(&calls().await), BESIDE);
 
@@ -896,6 +897,25 @@ async fn others_elements_that_differ_only_in_their_text_are_not_taken_for_those_
         let _: i64 = redis.command(&["LPUSH", LIST, &element(&other)]).await;
         let page = read(&store).await;
         assert_eq!((page.last_sequence, page.epoch), (2, Epoch(1)), "{one}");
+    }
+}
+
+#[tokio::test]
+async fn a_newest_element_that_others_have_replaced_is_noticed_by_a_read_of_the_newest() {
+    let by_id = |n: usize| format!("{{\"id\": \"cm_{n:014}\"}}");
+    for (one, other) in [(by_id(1), by_id(2)), ("one".repeat(100), "two".repeat(100))] {
+        let (redis, store) = start().await;
+        append(&store, &["first", &one]).await;
+        let newest = Read {
+            order: Order::NewestFirst,
+            limit: 2,
+            ..ALL
+        };
+        // So that they are known to be small.
+        store.read(&session(), newest).await.unwrap();
+        let _: Value = redis.command(&["LSET", LIST, "0", &other]).await;
+        let page = store.read(&session(), newest).await.unwrap();
+        assert_eq!((page.last_sequence, page.epoch), (4, Epoch(1)), "{one}");
     }
 }
 
