@@ -163,8 +163,11 @@ impl Scripts {
             upkeep.reads_extend,
             or_nil(upkeep.elements_max.map(to_lua)),
         );
-        let keys = include_str!("scripts/keys.lua");
-        let common = [keys, include_str!("scripts/common.lua")].concat();
+        let base = concat!(
+            include_str!("scripts/keys.lua"),
+            include_str!("scripts/base.lua")
+        );
+        let common = [base, include_str!("scripts/common.lua")].concat();
         let append_plain = include_str!("scripts/append_plain.lua");
         let append = include_str!("scripts/append.lua");
         let append = Script::new(&format!("{limits}{append_plain}{common}{append}"));
@@ -176,6 +179,8 @@ impl Scripts {
             include_str!("scripts/turns.lua")
         );
         let turn_script = |body: &str| Script::new(&format!("{common}{of_turns}{body}"));
+        // Those that look at the turns only, of which one writes the log.
+        let light_script = |body: &str| Script::new(&format!("{limits}{base}{of_turns}{body}"));
         let seen = include_str!("scripts/seen.lua");
         let telling_script = |body: &str| Script::new(&format!("{common}{of_turns}{seen}{body}"));
         Self {
@@ -192,11 +197,11 @@ impl Scripts {
             index_settle: Script::new(include_str!("scripts/index_settle.lua")),
             index_forget: Script::new(include_str!("scripts/index_forget.lua")),
             turn_begin: turn_script(include_str!("scripts/turn_begin.lua")),
-            turn_take: turn_script(include_str!("scripts/turn_take.lua")),
-            turn_keep: turn_script(include_str!("scripts/turn_keep.lua")),
+            turn_take: light_script(include_str!("scripts/turn_take.lua")),
+            turn_keep: light_script(include_str!("scripts/turn_keep.lua")),
             turn_end: turn_script(include_str!("scripts/turn_end.lua")),
-            turn_stop: turn_script(include_str!("scripts/turn_stop.lua")),
-            turn_follow: turn_script(include_str!("scripts/turn_follow.lua")),
+            turn_stop: light_script(include_str!("scripts/turn_stop.lua")),
+            turn_follow: light_script(include_str!("scripts/turn_follow.lua")),
         }
     }
 }

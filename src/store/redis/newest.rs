@@ -99,7 +99,7 @@ pub(super) fn read(answers: Vec<Value>, now_ms: UnixMillis) -> Found {
     }
 }
 
-/// Whether an element is known by this mark, as keys.lua says it.
+/// Whether an element is known by this mark, as common.lua says it.
 fn has_mark(element: &[u8], mark: &[u8]) -> bool {
     if mark.starts_with(ID_PREFIX.as_bytes()) {
         return memchr::memmem::find(element, mark).is_some();
@@ -107,7 +107,7 @@ fn has_mark(element: &[u8], mark: &[u8]) -> bool {
     !mark.is_empty() && fingerprint(element).as_bytes() == mark
 }
 
-/// The fingerprint that keys.lua makes.
+/// The fingerprint that common.lua makes.
 fn fingerprint(element: &[u8]) -> String {
     let mut digest = sha1_smol::Sha1::new();
     digest.update(element.len().to_string().as_bytes());

@@ -2,7 +2,7 @@
 --
 -- ARGV: none
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'cleared', count }    so many elements went
 --
 -- Leaves {K}:session without content: the base for 30 days. For a session without any sequence,

@@ -3,7 +3,7 @@
 -- ARGV:
 --   1  the time, in ms since 1970
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'expires', 1 }    it does so now
 --   { 'expires', 0 }    there is no list, or it had another expiry, which stands
 

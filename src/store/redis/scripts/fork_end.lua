@@ -9,7 +9,7 @@
 --   3  the metadata
 --   4  the origin
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'seen', … }   as seen.lua says, the floor left out: it is a session now, or is one by the
 --                   same call before
 --   { 'exists' }    the session has elements, or a turn runs on it

@@ -1,6 +1,7 @@
 -- What every script on a session begins with, after the limits, which Rust defines
 -- (`REQUEST_MEMORY_MS`, `TOMBSTONE_MS`, `LINGER_MS`; of the settings `TTL_MS` and `ELEMENTS_MAX`, nil
--- if there are none, and `READS_EXTEND`). Then come common.lua and the script.
+-- if there are none, and `READS_EXTEND`). Then come base.lua, common.lua where it is about elements,
+-- and the script.
 --
 -- KEYS of every script, all in one slot (K is `<prefix><session_id>`):
 --
@@ -48,20 +49,3 @@
 --   { 'corrupt', key }      the facts make no sense
 
 local LIST, SESSION, TURNS = KEYS[1], KEYS[2], KEYS[5]
-
--- Looks at 288 bytes at most, since this is what a write costs most: at those that differ from one
--- element to the next. LangChain's begin alike, with 36 to 39 bytes up to the content, and end alike,
--- with about 110 bytes after it, or with an id among them. No bytes of an element are kept: the facts
--- may outlive the list.
-local function fingerprint(element)
-  local parts = #element .. ':' .. string.sub(element, 33, 160) .. string.sub(element, -160)
-  return string.sub(redis.sha1hex(parts), 1, 16)
-end
-
--- Whether an element, if there is one, is known by this mark, which is not ''.
-local function has_mark(element, mark)
-  if string.sub(mark, 1, 3) == 'cm_' then
-    return element and string.find(element, mark, 1, true) ~= nil
-  end
-  return element and fingerprint(element) == mark
-end

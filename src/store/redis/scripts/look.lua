@@ -4,7 +4,7 @@
 --   1  the sequence that the floor is wanted for
 --   2  1 if the request of the turn is wanted, else 0
 --
--- Returns, besides what common.lua says: seen, as seen.lua says.
+-- Returns, besides what keys.lua says: seen, as seen.lua says.
 --
 -- Writes only if others have changed the session since the last call, as read.lua does.
 

@@ -9,7 +9,7 @@
 --   6  at most so many bytes of elements, except that the first one always comes
 --   7  of an element above so many bytes, only the size
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'page', last, epoch, after, more, runs, elements }
 --     last      the session's last sequence
 --     epoch     the session's epoch

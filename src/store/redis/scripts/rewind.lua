@@ -6,7 +6,7 @@
 --   3  the sequence
 --   4  the last sequence that the session must have; '' for any
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'rewound', count }     so many went, now or by an earlier call
 --   { 'reused' }             an earlier call with this request id asked for something else
 --   { 'mismatch', last }     the last sequence is another

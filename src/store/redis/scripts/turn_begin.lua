@@ -11,7 +11,7 @@
 --   8  how many numbers of events to reserve
 --   9  1 to wait in line, else 0
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'leased', … }                    see turns.lua
 --   { 'exists', state }                the turn runs or has completed
 --   { 'busy', turn, name, is_expired } another turn runs

@@ -11,7 +11,7 @@
 --   7  the chunk
 --   8… the elements, oldest first; none: the turn has failed
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'ended', state }   perhaps by an earlier call
 --   { 'cleared' }        there is no such turn, or others have cleared the session. A list that
 --                        expired is not a clear: the turn is stored into a session that starts anew

@@ -6,7 +6,7 @@
 --   3  chunks of so many bytes at most, except that the first one always comes
 --   4  1 to let the holder know that somebody follows, else 0
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'turn', state, next, more, chunks }   where to go on; 1 if the log holds more, else 0
 --   { 'unknown' }                           there is no such turn
 

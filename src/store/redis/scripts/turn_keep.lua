@@ -10,7 +10,7 @@
 --   7  the index of the chunk to add; '' for none
 --   8  the chunk
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'kept', stop, followed, index }   'keep', 'discard' or ''; how long ago a follower was noted,
 --                                       in ms, or ''; 1 to enter the turn into the index of running
 --                                       turns once more, since others may have deleted it, else 0

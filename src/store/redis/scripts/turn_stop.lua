@@ -4,7 +4,7 @@
 --   1  turn; '' for the one that runs
 --   2  'keep' or 'discard'
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'turn', turn, name, state }   as it is now
 --   { 'unknown' }                   there is no such turn
 

@@ -10,7 +10,7 @@
 --   7  how often it is tried in all
 --   8  the outcome of one that fails so
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'leased', … }      see turns.lua
 --   { 'held' }           somebody else has it still
 --   { 'ended', state }   perhaps by this call

@@ -4,7 +4,7 @@
 --   1, 2   a fact and its value, '' for none
 --   3, 4   another, and so on
 --
--- Returns, besides what common.lua says:
+-- Returns, besides what keys.lua says:
 --   { 'seen', … }   as seen.lua says, the floor left out
 --   { 'empty' }     it has no elements; nothing was changed
 --
