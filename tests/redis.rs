@@ -879,6 +879,66 @@ async fn an_append_is_one_round_trip_and_so_is_a_read_which_fetches_what_it_retu
 }
 
 #[tokio::test]
+async fn appends_that_come_at_once_go_together_and_each_comes_to_its_own() {
+    const SESSIONS: usize = 60;
+    let (redis, store) = start().await;
+    let id = |n: usize| SessionId::parse(format!("together {n}")).unwrap();
+    let appending = |n: usize, element: &str| Append {
+        elements: vec![Bytes::from(format!("{element} {n}"))],
+        request: RequestKey::new("append", &format!("{element} {n}"), b"body"),
+        time_ms: 1,
+        expected_last_sequence: None,
+        expected_epoch: None,
+    };
+    for n in 0..SESSIONS {
+        store.append(&id(n), appending(n, "first")).await.unwrap();
+    }
+    let _: String = redis
+        .command(&["SET", "message_store:together 7", "no list"])
+        .await;
+
+    let mut monitor = Monitor::start(&redis).await;
+    let ids: Vec<SessionId> = (0..SESSIONS).map(id).collect();
+    let appends = ids.iter().enumerate().map(|(n, id)| {
+        let mut append = match n {
+            // Done before.
+            8 => appending(n, "first"),
+            _ => appending(n, "second"),
+        };
+        // Somebody else was quicker.
+        append.expected_last_sequence = (n == 9).then_some(5);
+        if n == 10 {
+            append.elements.push(Bytes::from("third"));
+        }
+        store.append(id, append)
+    });
+    let answers = futures_util::future::join_all(appends).await;
+    let (of_clients, _) = monitor.commands(&redis).await;
+    assert!(of_clients.len() <= 4, "{} calls", of_clients.len());
+
+    for (n, answer) in answers.into_iter().enumerate() {
+        match (n, answer) {
+            (7, Err(Error::WrongKeyType { key })) => assert!(key.ends_with("together 7")),
+            (8, Ok(appended)) => assert!(appended.repeated && appended.first_sequence == 1),
+            (9, Err(Error::SequenceMismatch { expected, actual })) => {
+                assert_eq!((expected, actual), (5, 1));
+            }
+            (10, Ok(appended)) => assert_eq!((appended.first_sequence, appended.count), (2, 2)),
+            (_, answer) => assert_eq!(answer.unwrap().first_sequence, 2, "{n}"),
+        }
+    }
+    for (n, id) in ids.iter().enumerate().filter(|(n, _)| *n != 7) {
+        let page = store.read(id, ALL).await.unwrap();
+        let expected = match n {
+            8 | 9 => 1,
+            10 => 3,
+            _ => 2,
+        };
+        assert_eq!(page.elements.len(), expected, "{n}");
+    }
+}
+
+#[tokio::test]
 async fn others_elements_that_differ_only_in_their_text_are_not_taken_for_those_that_went() {
     let element = |text: &str| {
         format!(

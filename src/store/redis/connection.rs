@@ -412,7 +412,7 @@ enum State {
 }
 
 /// Why a call has no result.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Failure {
     /// It was never sent.
     NotSent(String),

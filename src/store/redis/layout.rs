@@ -168,9 +168,13 @@ impl Scripts {
             include_str!("scripts/base.lua")
         );
         let common = [base, include_str!("scripts/common.lua")].concat();
-        let append_plain = include_str!("scripts/append_plain.lua");
-        let append = include_str!("scripts/append.lua");
-        let append = Script::new(&format!("{limits}{append_plain}{common}{append}"));
+        // In one function all that only some appends need.
+        let append = Script::new(&format!(
+            "{limits}{}local function whole_way()\n{common}{}end\n{}",
+            include_str!("scripts/append_plain.lua"),
+            include_str!("scripts/append_whole.lua"),
+            include_str!("scripts/append.lua"),
+        ));
         let common = format!("{limits}{common}");
         let script = |body: &str| Script::new(&format!("{common}{body}"));
         let of_turns = format!(

@@ -3,6 +3,7 @@
 //!
 //! - `scripts/*.lua`: what is kept and what each call does; begin with `keys.lua`
 //! - [`layout`]: the names of the keys
+//! - [`append`]: passes appends to their script, those of many callers together
 //! - [`turns`]: passes arguments to the scripts on turns and parses what they reply
 //! - [`sessions`]: the same for sessions as a whole, and how one is copied
 //! - [`index`]: which sessions there are, for lists of them
@@ -24,6 +25,7 @@ use bytes::Bytes;
 use redis::{Cmd, RedisError, Value};
 use tokio::sync::watch;
 
+use self::append::Appends;
 use self::connection::{Failure, explain};
 use self::index::Index;
 use self::invocation::Invocation;
@@ -35,11 +37,12 @@ use self::watcher::Watch;
 use super::sessions::Upkeep;
 use super::{
     Append, Appended, Body, Cursor, ELEMENT_BYTES_MAX, Element, Epoch, Error, List, Order, Page,
-    REQUEST_MEMORY_MS, Read, RequestKey, Result, Sequence, SessionsPage, Store,
+    Read, Result, Sequence, SessionsPage, Store,
 };
-use crate::message::{ID_BYTES, ID_PREFIX, SessionId, UnixMillis, now_ms};
+use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::secret::Secret;
 
+mod append;
 mod cluster;
 mod connection;
 mod index;
@@ -60,11 +63,6 @@ mod writers;
 pub const KEY_PREFIX_DEFAULT: &str = "message_store:";
 /// How long an answer of Redis may take by default.
 pub const TIMEOUT_MS_DEFAULT: u64 = 2_000;
-
-/// Bytes of a stamp: what was asked, and when.
-const STAMP_BYTES: usize = 10;
-/// How far from the end of an element its id is looked for, in bytes.
-const MARK_WITHIN: usize = 512;
 
 /// Elements that are read by a transaction, at most: 512 KiB if they are small.
 const NEWEST_MAX: usize = 64;
@@ -150,6 +148,7 @@ pub enum InvalidSettings {
 pub struct Redis {
     connection: Arc<Connection>,
     scripts: Arc<Scripts>,
+    appends: Appends,
     index: Index,
     watch: Watch,
     lean: Lean,
@@ -169,6 +168,7 @@ impl Redis {
         let scripts = Arc::new(Scripts::new(settings.upkeep));
         let prefix = settings.key_prefix;
         Ok(Self {
+            appends: Appends::start(Arc::clone(&connection), Arc::clone(&scripts)),
             index: Index::start(Arc::clone(&connection), Arc::clone(&scripts), &prefix),
             watch: Watch::start(
                 target,
@@ -357,50 +357,17 @@ impl Redis {
 #[async_trait]
 impl Store for Redis {
     async fn append(&self, session: &SessionId, append: Append) -> Result<Appended> {
-        let mut script = self.invocation(&self.scripts.append, session);
-        let mut conditions = String::new();
-        if append.expected_last_sequence.is_some() || append.expected_epoch.is_some() {
-            let last = optional(append.expected_last_sequence);
-            let epoch = optional(append.expected_epoch.map(|epoch| epoch.0));
-            conditions = format!("{last},{epoch}");
-        }
-        let today = now_ms().div_euclid(REQUEST_MEMORY_MS);
-        let mark = append.elements.last().and_then(|last| mark_of(last));
-        script
-            .arg(request_field(&append.request))
-            .arg(&stamp(&append.request, append.time_ms))
-            .arg(today)
-            .arg(mark.unwrap_or_default())
-            .arg(conditions);
-        for element in &append.elements {
-            script.arg(element.as_ref());
-        }
-        let answer = self.connection.write_repeatable(&script).await;
-        let answer = answer.map_err(failure_of_write)?;
-        if let Value::Int(first_sequence) = answer {
+        let is_large = |element: &Bytes| element.len() > SMALL_MAX;
+        let has_large = append.elements.iter().any(is_large);
+        let keys = Keys::new(&self.key_prefix, session);
+        let appended = self.appends.append(keys, append).await?;
+        if !appended.repeated {
             self.wrote(session);
-            let is_large = |element: &Bytes| element.len() > SMALL_MAX;
-            if append.elements.iter().any(is_large) || self.lean.of(session) == Known::Unusual {
+            if has_large || self.lean.of(session) == Known::Unusual {
                 self.lean.note(session, Known::Nothing);
             }
-            return Ok(Appended {
-                first_sequence,
-                count: append.elements.len(),
-                time_ms: append.time_ms,
-                repeated: false,
-            });
         }
-        let mut reply = Reply::of(answer)?;
-        match reply.word.as_str() {
-            "repeated" => parse_record(&reply.bytes()?),
-            "reused" => Err(Error::RequestReused),
-            "cleared" => Err(Error::Cleared),
-            "mismatch" => Err(Error::SequenceMismatch {
-                expected: append.expected_last_sequence.unwrap_or_default(),
-                actual: reply.number()?,
-            }),
-            _ => Err(reply.refusal()),
-        }
+        Ok(appended)
     }
 
     async fn read(&self, session: &SessionId, read: Read) -> Result<Page> {
@@ -639,84 +606,4 @@ fn unexpected(value: &Value) -> Error {
         _ => "something else",
     };
     Error::Corrupt(format!("a script returned {kind} where it must not"))
-}
-
-/// The name of a request's record, as `scripts/keys.lua` draws it.
-fn request_field(request: &RequestKey) -> &[u8] {
-    &request.id[..8]
-}
-
-/// What a request's record begins with.
-fn stamp(request: &RequestKey, time_ms: UnixMillis) -> [u8; STAMP_BYTES] {
-    let mut stamp = [0; STAMP_BYTES];
-    stamp[..4].copy_from_slice(&request.fingerprint[..4]);
-    stamp[4..].copy_from_slice(&time_ms.to_be_bytes()[2..]);
-    stamp
-}
-
-/// Reads the record of a request that was done before.
-fn parse_record(record: &[u8]) -> Result<Appended> {
-    let parse = || {
-        let (stamp, numbers) = record.split_at_checked(STAMP_BYTES)?;
-        let numbers = std::str::from_utf8(numbers).ok()?;
-        let (first, count) = numbers.split_once(':').unwrap_or((numbers, "1"));
-        Some(Appended {
-            first_sequence: first.parse().ok()?,
-            count: count.parse().ok()?,
-            time_ms: stamp[4..]
-                .iter()
-                .fold(0, |n, byte| n << 8 | i64::from(*byte)),
-            repeated: true,
-        })
-    };
-    parse().ok_or_else(|| Error::Corrupt("the record of a request".to_owned()))
-}
-
-/// What an element is known by, if the server made its id: the id. It is looked for near the end,
-/// where it stands unless much comes after it; scripts know any other element by a fingerprint.
-fn mark_of(element: &[u8]) -> Option<&[u8]> {
-    const BEFORE: &[u8] = b"\"id\": \"";
-    let tail = &element[element.len().saturating_sub(MARK_WITHIN)..];
-    let has_id = |at: &usize| {
-        let rest = &tail[at + BEFORE.len()..];
-        rest.len() > ID_BYTES
-            && rest.starts_with(ID_PREFIX.as_bytes())
-            && rest[ID_PREFIX.len()..ID_BYTES]
-                .iter()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(byte))
-            && rest[ID_BYTES] == b'"'
-    };
-    let places = tail.windows(BEFORE.len()).enumerate().rev();
-    let mut found = places.filter(|(_, part)| *part == BEFORE).map(|(at, _)| at);
-    let start = found.find(has_id)? + BEFORE.len();
-    Some(&tail[start..start + ID_BYTES])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_element_is_known_by_the_id_that_the_server_made() {
-        let id = "cm_ZqTAp6-7kR3_xY";
-        let known = |text: String| mark_of(text.as_bytes()).map(<[u8]>::to_vec);
-        let of_user = format!(r#"{{"content": "a", "name": null, "id": "{id}"}}"#);
-        let of_model = format!(r#"{{"id": "{id}", "tool_calls": [{{"id": "call_1"}}]}}"#);
-        for element in [of_user, of_model.clone()] {
-            assert_eq!(known(element), Some(id.into()));
-        }
-        for other in [
-            String::new(),
-            r#"{"id": null}"#.to_owned(),
-            r#"{"id": "run-0"}"#.to_owned(),
-            // Not as the server makes them, broken off, or a text that speaks of one.
-            format!(r#"{{"id": "{id}0"}}"#),
-            r#"{"id": "cm_ZqTAp6-7kR3 xY"}"#.to_owned(),
-            format!(r#"{{"id": "{id}"#),
-            format!(r#"{{"content": "\"id\": \"{id}\""}}"#),
-            format!("{of_model}{}", " ".repeat(MARK_WITHIN)),
-        ] {
-            assert_eq!(known(other.clone()), None, "{other}");
-        }
-    }
 }

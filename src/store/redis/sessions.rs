@@ -7,14 +7,12 @@ use std::collections::BTreeMap;
 use async_trait::async_trait;
 use redis::Value;
 
+use super::append::{request_field, stamp};
 use super::index::{Entry, hash_of_pair};
 use super::invocation::Invocation;
 use super::layout::Keys;
 use super::turns::{parse_state, parse_turn, parse_u32};
-use super::{
-    Redis, Reply, SEQUENCE_MAX, failure_of_read, failure_of_write, optional, request_field, stamp,
-    unexpected,
-};
+use super::{Redis, Reply, SEQUENCE_MAX, failure_of_read, failure_of_write, optional, unexpected};
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::store::sessions::{
     About, FORK_STEP, Fork, Forked, LOOKED_AT_MAX, ListRecent, Look, Origin, RecentPage, Rewind,

@@ -1,34 +1,48 @@
--- The plain case of append.lua, which comes after it: a request that is new, without conditions, on a
--- session that nobody else has touched since its last element, and that has neither gaps nor an
--- expiry, by a server that trims nothing; of an element with an id that the server made, after
--- another such. What is up to LPUSH only reads: in any other case, the whole script goes on as if
--- nothing had been.
+-- The plain case of an append: a request that is new, without conditions, on a session that nobody
+-- else has touched since its last element, and that has neither gaps nor an expiry, by a server that
+-- trims nothing; of an element with an id that the server made, after another such.
 --
--- This is what most calls are, and worth a way of its own: Lua makes the functions of a script anew
--- at each call, and with all of them an Append costs Redis more than twice as much.
+-- This is what most calls are, and worth a way of its own: Lua makes the functions of common.lua anew
+-- at each call of a script, and with all of them an Append costs Redis more than twice as much.
 
-if ARGV[4] ~= '' and ARGV[5] == '' and #ARGV <= 1000 and not TTL_MS and not ELEMENTS_MAX then
-  local facts = redis.pcall('HMGET', KEYS[2], 'day', 'mark', 'last', 'base')
-  local last, base = tonumber(facts[3] or ''), tonumber(facts[4] or '')
-  local has_older = facts[1] ~= ARGV[3]
-  if last and base and (not has_older or facts[1] == ARGV[3] .. '+')
-    and string.sub(facts[2] or '', 1, 3) == 'cm_'
-    and redis.pcall('LLEN', KEYS[1]) == last - base
-    and redis.call('PTTL', KEYS[1]) == -1
-    and string.find(redis.call('LINDEX', KEYS[1], '0') or '', facts[2], 1, true)
-  then
-    local bucket = 3 + ARGV[3] % 2
-    if redis.pcall('HGET', KEYS[bucket], ARGV[1]) == false
-      and not (has_older and redis.pcall('HGET', KEYS[7 - bucket], ARGV[1]))
-    then
-      local first, count = last + 1, #ARGV - 5
-      redis.call('LPUSH', KEYS[1], unpack(ARGV, 6))
-      redis.call('HSET', KEYS[2], 'last', last + count, 'mark', ARGV[4])
-      redis.call('HSET', KEYS[bucket], ARGV[1],
-        count == 1 and ARGV[2] .. first or ARGV[2] .. first .. ':' .. count)
-      redis.pcall('PUBLISH', '{' .. KEYS[1] .. '}:changed', '')
-      return first
-    end
+-- Appends, and returns the first sequence; or nil, if this is another case: then nothing has happened.
+-- The keys begin after KEYS[key], the arguments after ARGV[at]: append.lua says which these are. The
+-- record is the first write, and so what Redis refuses if it takes none.
+local function append_plain(key, at, count)
+  local day, mark = ARGV[1], ARGV[at + 3]
+  if mark == '' or ARGV[at + 4] ~= '' or count > 1000 or TTL_MS or ELEMENTS_MAX then
+    return nil
   end
-end
+  local list, session = KEYS[key + 1], KEYS[key + 2]
+  local facts = redis.pcall('HMGET', session, 'day', 'mark', 'last', 'base')
+  local last, base = tonumber(facts[3] or ''), tonumber(facts[4] or '')
+  local has_older = facts[1] ~= day
+  local bucket, request = key + 3 + day % 2, ARGV[at + 1]
+  if not (last and base and (not has_older or facts[1] == day .. '+')
+    and string.sub(facts[2] or '', 1, 3) == 'cm_'
+    and redis.pcall('LLEN', list) == last - base
+    and redis.call('PTTL', list) == -1
+    and string.find(redis.call('LINDEX', list, '0') or '', facts[2], 1, true)
+    and not (has_older and redis.pcall('HGET', KEYS[key * 2 + 7 - bucket], request)))
+  then
+    return nil
+  end
 
+  -- Lua writes its own numbers as fractions, if need be: that takes longer.
+  local newest = string.format('%d', last + count)
+  local record = ARGV[at + 2] .. newest
+  if count ~= 1 then
+    record = string.format('%s%d:%d', ARGV[at + 2], last + 1, count)
+  end
+  if redis.pcall('HSETNX', KEYS[bucket], request, record) ~= 1 then
+    return nil
+  end
+  local length = redis.pcall('LPUSH', list, unpack(ARGV, at + 6, at + 5 + count))
+  if type(length) ~= 'number' then
+    redis.pcall('HDEL', KEYS[bucket], request)
+    return nil
+  end
+  redis.call('HSET', session, 'last', newest, 'mark', mark)
+  redis.pcall('PUBLISH', '{' .. list .. '}:changed', '')
+  return last + 1
+end

@@ -394,18 +394,18 @@ local function trim(session)
   end
 end
 
--- Adds the arguments from this one on at the new end of the session, trims it, and saves the facts.
--- Returns the first sequence, and how many elements these are. LPUSH is its first write. The mark of
--- the last of them may be known.
-local function push(session, first_element, mark)
+-- Adds these arguments at the new end of the session, trims it, and saves the facts. Returns the first
+-- sequence, and how many elements these are. LPUSH is its first write. The mark of the last of them
+-- may be known.
+local function push(session, first_element, last_element, mark)
   local first = session.last + 1
-  local count = #ARGV - first_element + 1
-  for from = first_element, #ARGV, CHUNK do
-    redis.call('LPUSH', LIST, unpack(ARGV, from, math.min(from + CHUNK - 1, #ARGV)))
+  local count = last_element - first_element + 1
+  for from = first_element, last_element, CHUNK do
+    redis.call('LPUSH', LIST, unpack(ARGV, from, math.min(from + CHUNK - 1, last_element)))
   end
   session.length = session.length + count
   session.last = session.last + count
-  session.mark = (mark or '') ~= '' and mark or fingerprint(ARGV[#ARGV])
+  session.mark = (mark or '') ~= '' and mark or fingerprint(ARGV[last_element])
   trim(session)
   live_on(session)
   save(session)

@@ -56,7 +56,7 @@ add_chunk(turn, record, ARGV[6], ARGV[7], others)
 local is_completed = #ARGV >= FIRST_ELEMENT
 if is_completed then
   record.state = 'completed'
-  record.first, record.count = push(session, FIRST_ELEMENT)
+  record.first, record.count = push(session, FIRST_ELEMENT, #ARGV)
   record.time_ms = ARGV[4]
 else
   record.state = 'failed'
