@@ -16,6 +16,7 @@ pub mod secret;
 pub mod server;
 pub mod service;
 pub mod sessions;
+pub mod socket;
 pub mod start;
 pub mod store;
 pub mod telemetry;

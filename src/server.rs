@@ -16,7 +16,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, timeout, timeout_at},
 };
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{
     body::Body,
@@ -32,6 +32,7 @@ use crate::{
     error, metrics,
     pb::chat_memory_server::ChatMemoryServer,
     service::{Limits, Service},
+    socket::Socket,
     store::Store,
     telemetry,
     turn::Turns,
@@ -174,12 +175,14 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
                 let incoming = TcpIncoming::from(listener)
                     .with_nodelay(Some(true))
                     .with_keepalive(Some(parts.keepalive));
-                serving.spawn(server.serve_with_incoming_shutdown(incoming, stop));
+                let sockets = incoming.map(|stream| stream.map(Socket::new));
+                serving.spawn(server.serve_with_incoming_shutdown(sockets, stop));
             }
             Listener::Unix(listener, file) => {
                 let incoming = UnixListenerStream::new(listener);
+                let sockets = incoming.map(|stream| stream.map(Socket::new));
                 socket_files.push(file);
-                serving.spawn(server.serve_with_incoming_shutdown(incoming, stop));
+                serving.spawn(server.serve_with_incoming_shutdown(sockets, stop));
             }
         }
     }
