@@ -259,17 +259,19 @@ async fn a_file_of_version_1_keeps_its_messages_and_takes_turns() {
     let ended = store.end_turn(&s, end(turn.key.id, turn.lease.token, &["c"]));
     ended.await.unwrap();
     assert_eq!(texts(&read_all(&store, &s).await), ["a", "b", "c"]);
-    assert_eq!(numbers(&path, "PRAGMA user_version"), 3);
+    assert_eq!(numbers(&path, "PRAGMA user_version"), 4);
 }
 
 /// Makes a file as an older program left it: the schemas up to a version, and some sessions.
 fn older_file(path: &Path, version: i64) -> Connection {
     let db = Connection::open(path).unwrap();
-    db.execute_batch(include_str!("../src/store/sqlite/schema.sql"))
-        .unwrap();
-    if version == 2 {
-        db.execute_batch(include_str!("../src/store/sqlite/schema_2.sql"))
-            .unwrap();
+    let schemas = [
+        include_str!("../src/store/sqlite/schema.sql"),
+        include_str!("../src/store/sqlite/schema_2.sql"),
+        include_str!("../src/store/sqlite/schema_3.sql"),
+    ];
+    for schema in &schemas[..version as usize] {
+        db.execute_batch(schema).unwrap();
     }
     db.pragma_update(None, "application_id", i32::from_be_bytes(*b"CMem"))
         .unwrap();
@@ -324,10 +326,38 @@ async fn a_file_of_version_2_lists_its_sessions() {
     );
 }
 
+/// Version 3 had the messages of a session side by side.
+#[tokio::test]
+async fn a_file_of_version_3_keeps_what_there_is() {
+    let (_directory, path) = place();
+    let db = older_file(&path, 3);
+    // The last session was deleted without its messages, as the `sqlite3` tool does it.
+    db.execute_batch(
+        "PRAGMA foreign_keys = OFF;
+         INSERT INTO sessions (key, last_sequence) VALUES ('s', 3), ('t', 2);
+         INSERT INTO messages VALUES (1, 3, CAST('s3' AS BLOB)), (2, 2, CAST('t2' AS BLOB)),
+            (2, 1, CAST('t1' AS BLOB)), (1, 1, CAST('s1' AS BLOB)), (9, 1, CAST('lost' AS BLOB));",
+    )
+    .unwrap();
+    drop(db);
+
+    let store = open(&path);
+    let (s, t) = (session("s"), session("t"));
+    let appended = store.append(&s, batch(["s4"])).await.unwrap();
+    assert_eq!(appended.first_sequence, 4);
+    assert_eq!(texts(&read_all(&store, &s).await), ["s1", "s3", "s4"]);
+    assert_eq!(texts(&read_all(&store, &t).await), ["t1", "t2"]);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM history"), 5);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 5);
+    let tables = "SELECT count(*) FROM sqlite_schema WHERE name = 'messages_3'";
+    assert_eq!(numbers(&path, tables), 0);
+    assert_eq!(numbers(&path, "PRAGMA user_version"), 4);
+}
+
 /// An older server may have it: nobody brings it to this version meanwhile.
 #[tokio::test]
 async fn a_file_of_an_older_version_can_be_read_as_it_is() {
-    for version in [1, 2] {
+    for version in [1, 2, 3] {
         let (_directory, path) = place();
         let db = older_file(&path, version);
         db.execute_batch(
@@ -339,6 +369,11 @@ async fn a_file_of_an_older_version_can_be_read_as_it_is() {
         let s = session("s");
         assert_eq!(texts(&read_all(&store, &s).await), ["a", "b"]);
         assert_eq!(store.expiry(&s).await, Ok(None));
+        if version == 3 {
+            // It has all that there is to know of a session.
+            let seen = store.look(&s, Look::default()).await.unwrap();
+            assert_eq!(seen.count, 2);
+        }
         let list = List {
             prefix: String::new(),
             cursor: None,
@@ -491,6 +526,30 @@ async fn appends_that_wait_share_a_commit() {
     assert!(answers.iter().all(Result::is_ok));
     assert_eq!(store.commits() - before, 1);
     assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 200);
+}
+
+/// Each page that a commit changes is written whole, to the log and from there to the file.
+#[tokio::test]
+async fn appends_to_many_sessions_change_few_pages() {
+    const SESSIONS: usize = 64;
+    // So few that the log is not emptied meanwhile.
+    const COMMITS: usize = 12;
+    let (_directory, path) = place();
+    let store = open(&path);
+    let names: Vec<_> = (0..SESSIONS).map(|number| format!("s{number}")).collect();
+    for _ in 0..COMMITS {
+        let element = || batch(["x".repeat(400)]);
+        let appends = names.iter().map(|name| (&**name, element())).collect();
+        let answers = append_together(&store, &path, appends).await;
+        assert!(answers.iter().all(Result::is_ok));
+    }
+    let log = std::fs::metadata(path.with_extension("db-wal")).unwrap();
+    let pages = log.len() as usize / 4096;
+    assert!(
+        pages <= SESSIONS * COMMITS / 2,
+        "{pages} pages, of which messages would fill {}",
+        SESSIONS * COMMITS / 8
+    );
 }
 
 #[tokio::test]

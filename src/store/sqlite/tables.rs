@@ -719,7 +719,8 @@ pub mod tests {
         assert!(!steps.iter().any(|step| step.contains("TEMP B-TREE")));
 
         let steps = plan(FIRST_OF_NEWEST);
-        let range = "SEARCH messages USING PRIMARY KEY (session=? AND sequence>? AND sequence<?)";
+        let range = "SEARCH messages USING COVERING INDEX sqlite_autoindex_messages_1 \
+                     (session=? AND sequence>? AND sequence<?)";
         assert!(steps.iter().any(|step| step == range), "{steps:#?}");
         assert!(!steps.iter().any(|step| step.contains("TEMP B-TREE")));
 
