@@ -7,6 +7,8 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Wake, Waker};
+use std::thread::ThreadId;
 use std::time::Duration;
 
 use chat_memory::store::sessions::{
@@ -550,6 +552,40 @@ async fn appends_to_many_sessions_change_few_pages() {
         "{pages} pages, of which messages would fill {}",
         SESSIONS * COMMITS / 8
     );
+}
+
+/// From the writing thread, each answer would wake the runtime by itself.
+#[tokio::test]
+async fn answers_are_given_by_the_runtime() {
+    #[derive(Default)]
+    struct Woken(Mutex<Vec<ThreadId>>);
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.lock().unwrap().push(std::thread::current().id());
+        }
+    }
+
+    const COUNT: usize = 20;
+    let (_directory, path) = place();
+    let store = open(&path);
+    let s = session("s");
+    let other = OtherWriter::begin(&path);
+    let woken = Arc::new(Woken::default());
+    let waker = Waker::from(woken.clone());
+    let append = |_| store.append(&s, batch(["x"]));
+    let mut appends: Vec<_> = (0..COUNT).map(append).collect();
+    for append in &mut appends {
+        let polled = append.as_mut().poll(&mut Context::from_waker(&waker));
+        assert!(polled.is_pending());
+    }
+    other.end();
+    // Answers come in the order of the calls.
+    store.append(&s, batch(["x"])).await.unwrap();
+    for append in appends {
+        append.now_or_never().expect("not answered").unwrap();
+    }
+    let here = std::thread::current().id();
+    assert_eq!(*woken.0.lock().unwrap(), [here; COUNT]);
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use rusqlite::Connection;
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task;
 use tokio::time::{Instant, timeout_at};
@@ -207,6 +208,7 @@ impl Sqlite {
             db,
             shared: shared.clone(),
             jobs: queue,
+            runtime: Handle::try_current().ok(),
             pruned_ms: None,
         };
         let writer = std::thread::Builder::new()

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rusqlite::{Connection, ErrorCode};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
@@ -118,6 +119,8 @@ pub struct Writer {
     pub db: Connection,
     pub shared: Arc<Shared>,
     pub jobs: UnboundedReceiver<Box<dyn Job>>,
+    /// Where answers are given; by the writing thread itself if there is none.
+    pub runtime: Option<Handle>,
     /// When it last pruned; `None` if it did not, or left some.
     pub pruned_ms: Option<UnixMillis>,
 }
@@ -190,14 +193,14 @@ impl Writer {
         let begun = self.execute("BEGIN IMMEDIATE");
         self.fill(batch);
         if let Err(error) = begun {
-            answer_all(batch, Some(error.into()));
+            self.answer(batch, Some(error.into()));
             return Ok(());
         }
 
         batch.retain(|job| job.claim());
         let failure = self.finish(batch, stage)?;
         if !matches!(failure, Some(Error::Full(_))) {
-            answer_all(batch, failure);
+            self.answer(batch, failure);
             return Ok(());
         }
         // SQLite gives up a whole transaction for lack of room. One job may ask for more than
@@ -244,6 +247,19 @@ impl Writer {
                 .map_err(|error| format!("a transaction cannot be rolled back: {error}"))?;
         }
         Ok(done.err())
+    }
+
+    /// Answers the batch, in one task of the runtime: from this thread each answer would wake the
+    /// runtime by itself, and would go to its client in a packet of its own.
+    fn answer(&self, batch: &mut Vec<Box<dyn Job>>, failure: Option<Error>) {
+        let answers = Answers {
+            jobs: std::mem::take(batch),
+            failure,
+        };
+        // A runtime that has ended drops the task, and so gives the answers all the same.
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(async move { drop(answers) });
+        }
     }
 
     fn fill(&mut self, batch: &mut Vec<Box<dyn Job>>) {
@@ -325,8 +341,16 @@ impl Writer {
     }
 }
 
-fn answer_all(batch: &mut Vec<Box<dyn Job>>, failure: Option<Error>) {
-    for job in batch.drain(..) {
-        job.answer(failure.clone());
+/// The jobs of a batch that are to be told how it went.
+struct Answers {
+    jobs: Vec<Box<dyn Job>>,
+    failure: Option<Error>,
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        for job in self.jobs.drain(..) {
+            job.answer(self.failure.clone());
+        }
     }
 }
