@@ -56,6 +56,11 @@ impl Keys {
         })
     }
 
+    /// Where the session's turns are.
+    pub(super) fn turns(&self) -> &str {
+        &self.text[self.ends[3]..]
+    }
+
     /// The list in which a copy is made before it becomes this session's: in the same slot, and no
     /// session's name.
     pub(super) fn copy(&self, random: u128) -> String {
@@ -183,7 +188,7 @@ impl Scripts {
             include_str!("scripts/turns.lua")
         );
         let turn_script = |body: &str| Script::new(&format!("{common}{of_turns}{body}"));
-        // Those that look at the turns only, of which one writes the log.
+        // Those that look at the turns only.
         let light_script = |body: &str| Script::new(&format!("{limits}{base}{of_turns}{body}"));
         let seen = include_str!("scripts/seen.lua");
         let telling_script = |body: &str| Script::new(&format!("{common}{of_turns}{seen}{body}"));
@@ -202,7 +207,10 @@ impl Scripts {
             index_forget: Script::new(include_str!("scripts/index_forget.lua")),
             turn_begin: turn_script(include_str!("scripts/turn_begin.lua")),
             turn_take: light_script(include_str!("scripts/turn_take.lua")),
-            turn_keep: light_script(include_str!("scripts/turn_keep.lua")),
+            turn_keep: Script::new(&format!(
+                "local LINGER_MS = {LINGER_MS}\n{}",
+                include_str!("scripts/turn_keep.lua")
+            )),
             turn_end: turn_script(include_str!("scripts/turn_end.lua")),
             turn_stop: light_script(include_str!("scripts/turn_stop.lua")),
             turn_follow: light_script(include_str!("scripts/turn_follow.lua")),

@@ -14,7 +14,7 @@ use redis::{Cmd, Pipeline, RedisError, Value};
 
 use super::connection::{CONNECTION_WAIT, Failure, Node, is_read_only};
 use super::invocation::Invocation;
-use super::layout::running_key;
+use super::layout::{Keys, running_key};
 use super::{
     ELEMENT_BYTES_MAX, Page, Read, Redis, Reply, failure_of_read, failure_of_write, refused,
     to_lua, unexpected,
@@ -74,7 +74,8 @@ impl TurnStore for Redis {
 
     async fn keep_turn(&self, session: &SessionId, keep: KeepTurn) -> Result<Kept> {
         let lease = &keep.lease;
-        let mut script = self.invocation(&self.scripts.turn_keep, session);
+        let keys = Keys::new(&self.key_prefix, session);
+        let mut script = Invocation::new(&self.scripts.turn_keep, &[keys.turns()]);
         script
             .arg(&keep.turn)
             .arg(&lease.token.0)

@@ -1,4 +1,10 @@
--- Extends the lease of a turn and adds to its log.
+-- Extends the lease of a turn and adds to its log. This is what a turn does most: the script stands
+-- alone, with one key and without functions, which Lua would make anew at each call. It says the same
+-- as those of turns.lua, which describes the record: `known`, `lease_to`, `add_chunk` and
+-- `expire_turns`. Change both or none.
+--
+-- KEYS:
+--   1  {K}:turns
 --
 -- ARGV:
 --   1  turn
@@ -16,31 +22,47 @@
 --                                       turns once more, since others may have deleted it, else 0
 --   { 'cleared' }                       there is no such turn
 --   { 'lease lost' }                    the token is another, or the turn has ended
---
--- Looks at {K}:turns only: this is what a turn does most.
 
-local turn = ARGV[1]
-local values, refusal = fields(turn)
-if not values then
-  return refusal
+local TURNS, turn = KEYS[1], ARGV[1]
+local packed = redis.pcall('HGET', TURNS, turn)
+if type(packed) == 'table' then
+  if string.find(packed.err, 'WRONGTYPE', 1, true) then
+    return { 'wrong type', TURNS }
+  end
+  return redis.error_reply(packed.err)
 end
-local now = clock()
-local record = known(values[1], now)
-if not record then
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local record = packed and cmsgpack.unpack(packed)
+if not record or now >= record.forget_ms then
   return { 'cleared' }
 end
 if record.token ~= ARGV[2] or record.state ~= 'running' then
   return { 'lease lost' }
 end
-local others = {}
-add_chunk(turn, record, ARGV[7], ARGV[8], others)
-record.reserved = math.max(record.reserved, tonumber(ARGV[6]) + tonumber(ARGV[5]))
-lease_to(record, ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), now)
+
+record.reserved = math.max(record.reserved, ARGV[6] + ARGV[5])
+record.expires_ms = now + ARGV[3]
+record.forget_ms = record.expires_ms + ARGV[4]
 -- Twice in a lease: an entry is then never due for a look while its turn has a holder.
-local is_due = now - (record.indexed_ms or 0) >= tonumber(ARGV[3]) / 2
+local is_due = now - (record.indexed_ms or 0) >= ARGV[3] / 2
 if is_due then
   record.indexed_ms = now
 end
-write(turn, record, others, now)
+if ARGV[7] ~= '' and tonumber(ARGV[7]) == record.next_chunk then
+  record.next_chunk = record.next_chunk + 1
+  redis.call('HSET', TURNS, turn, cmsgpack.pack(record), turn .. 'chunk:' .. ARGV[7], ARGV[8])
+else
+  redis.call('HSET', TURNS, turn, cmsgpack.pack(record))
+end
+
+local has = redis.call('PTTL', TURNS)
+local left = math.max(record.forget_ms - now, has)
+if record.list_until_ms then
+  left = math.min(left, math.max(record.list_until_ms - now, LINGER_MS))
+end
+if has == -1 or math.abs(has - left) > math.min(1000, left / 50) then
+  redis.call('PEXPIRE', TURNS, string.format('%.0f', left))
+end
 local followed = record.followed_ms and now - record.followed_ms or ''
 return { 'kept', record.stop, followed, is_due and 1 or 0 }

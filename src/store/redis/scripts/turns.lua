@@ -1,5 +1,6 @@
--- What every script on turns begins with, after base.lua, common.lua where it is about elements, too,
--- and the limits, which Rust defines (`PLACE_MS`, `WAITING_MAX`, `FOLLOWED_EVERY_MS`).
+-- What every script on turns but turn_keep.lua, which stands alone, begins with, after base.lua,
+-- common.lua where it is about elements, too, and the limits, which Rust defines (`PLACE_MS`,
+-- `WAITING_MAX`, `FOLLOWED_EVERY_MS`).
 --
 -- It says in Lua what ../../ledger.rs says in Rust, step by step: change both or none.
 --
