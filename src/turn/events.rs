@@ -1,7 +1,7 @@
 //! What happens in a turn, and how it is written down: a chunk of the log is lines of JSON, one an
 //! event, after a line with the number of its first event. Does no I/O.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, io::Write as _};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -86,52 +86,53 @@ pub struct Outcome {
     pub usage: Option<Usage>,
 }
 
-/// A line of the log.
-#[derive(Serialize, Deserialize)]
+/// A line of the log: an event in as little memory as it takes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
-enum Line {
+pub enum Line {
     /// Nearly all lines: a piece of text.
-    Text(String),
+    Text(Box<str>),
     Started {
-        started: Started,
+        started: Box<Started>,
     },
-    Delta(Delta),
+    Delta(Box<Delta>),
 }
 
-/// Writes an event as a line, without its end. `None` for what is not part of the log.
-pub fn write(event: Event) -> Option<Box<str>> {
-    let line = match event {
-        Event::Started(started) => Line::Started { started },
-        Event::Delta(delta) if delta.reasoning.is_empty() && delta.tool_calls.is_empty() => {
-            Line::Text(delta.text)
+impl Line {
+    /// `None` for what is not part of the log.
+    pub fn of(event: Event) -> Option<Self> {
+        Some(match event {
+            Event::Started(started) => Self::Started {
+                started: Box::new(started),
+            },
+            Event::Delta(delta) if delta.reasoning.is_empty() && delta.tool_calls.is_empty() => {
+                Self::Text(delta.text.into())
+            }
+            Event::Delta(delta) => Self::Delta(Box::new(delta)),
+            Event::Completed(_) => return None,
+        })
+    }
+
+    pub fn event(&self) -> Event {
+        match self {
+            Self::Text(text) => Event::Delta(Delta {
+                text: String::from(&**text),
+                ..Delta::default()
+            }),
+            Self::Started { started } => Event::Started((**started).clone()),
+            Self::Delta(delta) => Event::Delta((**delta).clone()),
         }
-        Event::Delta(delta) => Line::Delta(delta),
-        Event::Completed(_) => return None,
-    };
-    // These types have nothing that JSON cannot say.
-    serde_json::to_string(&line)
-        .ok()
-        .map(String::into_boxed_str)
-}
-
-/// Reads a line.
-pub fn read(line: &str) -> Result<Event, Error> {
-    Ok(match serde_json::from_str(line).map_err(|_| corrupt())? {
-        Line::Text(text) => Event::Delta(Delta {
-            text,
-            ..Delta::default()
-        }),
-        Line::Started { started } => Event::Started(started),
-        Line::Delta(delta) => Event::Delta(delta),
-    })
+    }
 }
 
 /// Makes a chunk of lines.
-pub fn write_chunk<'a>(first: i64, lines: impl Iterator<Item = &'a str>) -> Bytes {
-    let mut chunk = format!("{first}\n");
+pub fn write_chunk<'a>(first: i64, lines: impl Iterator<Item = &'a Line>) -> Bytes {
+    let mut chunk = Vec::new();
+    // Memory takes all that is written, and these types have nothing that JSON cannot say.
+    let _ = writeln!(chunk, "{first}");
     for line in lines {
-        chunk.push_str(line);
-        chunk.push('\n');
+        let _ = serde_json::to_writer(&mut chunk, line);
+        chunk.push(b'\n');
     }
     Bytes::from(chunk)
 }
@@ -144,7 +145,10 @@ pub fn read_chunk(chunk: &[u8]) -> Result<Vec<(i64, Event)>, Error> {
     let first = first.ok_or_else(corrupt)?;
     (first..)
         .zip(lines)
-        .map(|(number, line)| Ok((number, read(line)?)))
+        .map(|(number, line)| {
+            let line: Line = serde_json::from_str(line).map_err(|_| corrupt())?;
+            Ok((number, line.event()))
+        })
         .collect()
 }
 
@@ -184,15 +188,17 @@ mod tests {
             ..Delta::default()
         });
         let events = [started, text("a\nb \"\u{2028}🎉"), call, text("")];
-        let lines: Vec<_> = events.iter().cloned().filter_map(write).collect();
-        let chunk = write_chunk(7, lines.iter().map(|line| &**line));
+        let lines: Vec<_> = events.iter().cloned().filter_map(Line::of).collect();
+        let chunk = write_chunk(7, lines.iter());
         let expected: Vec<_> = (7..).zip(events).collect();
         assert_eq!(read_chunk(&chunk).unwrap(), expected);
     }
 
     #[test]
     fn a_piece_of_text_costs_little_more_than_itself() {
-        assert_eq!(&*write(text(" word")).unwrap(), "\" word\"");
+        let line = Line::of(text(" word")).unwrap();
+        assert_eq!(serde_json::to_string(&line).unwrap(), "\" word\"");
+        assert!(size_of::<Line>() <= 24);
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Reads the events of a turn: from the memory of this server while the turn runs here, from the
 //! store otherwise. Changes between the two as often as need be; gives each event once.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, future::poll_fn, sync::Arc, time::Duration};
 
-use tokio::{sync::watch, time::sleep};
+use tokio::time::sleep;
 
 use super::{
     Call, Held, Turns,
@@ -40,12 +40,7 @@ pub struct Follower {
 }
 
 enum Source {
-    Here {
-        held: Arc<Held>,
-        changes: watch::Receiver<()>,
-        /// Counts this follower among those of the turn.
-        _attached: Attached,
-    },
+    Here(Attached),
     Store {
         events: VecDeque<(i64, Event)>,
     },
@@ -53,7 +48,8 @@ enum Source {
     Done,
 }
 
-/// Counts a follower. While there is one, `on_disconnect: STOP` does not stop the turn.
+/// Counts a follower among those of the turn. While there is one, `on_disconnect: STOP` does not stop
+/// it.
 struct Attached(Arc<Held>);
 
 impl Drop for Attached {
@@ -104,14 +100,9 @@ impl Follower {
     async fn find(&mut self) -> Result<Option<(i64, Event)>, Error> {
         loop {
             match &mut self.source {
-                Source::Here { held, changes, .. } => {
-                    changes.borrow_and_update();
-                    match held.log.after(self.taken)? {
+                Source::Here(Attached(held)) => {
+                    match poll_fn(|context| held.log.poll_after(self.taken, context)).await {
                         Found::Event(number, event) => return Ok(Some((number, event))),
-                        Found::Nothing => {
-                            // The sender lives as long as what is held.
-                            let _ = changes.changed().await;
-                        }
                         Found::Older | Found::End(End::Moved) => self.source = read_store(),
                         Found::End(End::Failed(error)) => return Err(error),
                         Found::End(End::Completed { number, completed }) => {
@@ -195,11 +186,7 @@ impl Follower {
 
 fn attach(held: Arc<Held>) -> Source {
     held.followers.send_modify(|count| *count += 1);
-    Source::Here {
-        changes: held.log.changes(),
-        _attached: Attached(Arc::clone(&held)),
-        held,
-    }
+    Source::Here(Attached(held))
 }
 
 fn read_store() -> Source {

@@ -6,11 +6,10 @@
 use std::{
     collections::VecDeque,
     sync::{Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
 };
 
-use tokio::sync::watch;
-
-use super::events::{self, Completed, Delta, Event};
+use super::events::{self, Completed, Delta, Event, Line};
 use crate::{error::Error, store::turns::Chunk};
 
 /// Events that stay here for followers that are a little behind, once they are in the store.
@@ -33,16 +32,14 @@ pub enum End {
 /// What a follower finds.
 pub enum Found {
     Event(i64, Event),
-    /// Nothing yet.
-    Nothing,
     /// The event is in the store only.
     Older,
     End(End),
 }
 
 struct State {
-    /// Events that are here, as lines. The last one has the number `next - 1`.
-    lines: VecDeque<Box<str>>,
+    /// Events that are here. The last one has the number `next - 1`.
+    lines: VecDeque<Line>,
     next: i64,
     /// Up to this number, events may be shown before they are in the store.
     reserved: i64,
@@ -55,40 +52,32 @@ struct State {
     /// known to have arrived: it may have already.
     under_way: Option<(Chunk, i64)>,
     end: Option<End>,
+    /// Followers that wait for what comes next.
+    waiting: Vec<Waker>,
 }
 
 /// The log of one attempt at a turn.
-pub struct Log {
-    state: Mutex<State>,
-    changed: watch::Sender<()>,
-}
+pub struct Log(Mutex<State>);
 
 impl Log {
     /// An empty log, whose first event has the number `first`.
     pub fn new(first: i64, reserve: i64, next_chunk: u32) -> Self {
-        Self {
-            state: Mutex::new(State {
-                lines: VecDeque::new(),
-                next: first,
-                reserved: first + reserve - 1,
-                held: None,
-                logged: first - 1,
-                next_chunk,
-                under_way: None,
-                end: None,
-            }),
-            changed: watch::Sender::new(()),
-        }
+        Self(Mutex::new(State {
+            lines: VecDeque::new(),
+            next: first,
+            reserved: first + reserve - 1,
+            held: None,
+            logged: first - 1,
+            next_chunk,
+            under_way: None,
+            end: None,
+            waiting: Vec::new(),
+        }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         // What is inside stays right when a thread panics: each change is one step.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Tells of each change.
-    pub fn changes(&self) -> watch::Receiver<()> {
-        self.changed.subscribe()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn push(&self, event: Event) {
@@ -100,8 +89,6 @@ impl Log {
             },
             event => state.write(event),
         }
-        drop(state);
-        self.changed.send_replace(());
     }
 
     /// What is to be written to the store: the same until [`Log::written`] is called.
@@ -110,8 +97,7 @@ impl Log {
         if state.under_way.is_none() && state.logged < state.next - 1 {
             let new = (state.next - 1 - state.logged) as usize;
             let old = state.lines.len() - new;
-            let lines = state.lines.iter().skip(old).map(|line| &**line);
-            let bytes = events::write_chunk(state.logged + 1, lines);
+            let bytes = events::write_chunk(state.logged + 1, state.lines.iter().skip(old));
             let chunk = Chunk {
                 index: state.next_chunk,
                 bytes,
@@ -141,14 +127,12 @@ impl Log {
         let unlogged = (state.next - 1 - state.logged) as usize;
         let spare = state.lines.len().saturating_sub(unlogged.max(RECENT_MAX));
         state.lines.drain(..spare);
-        drop(state);
-        self.changed.send_replace(());
     }
 
-    /// Whether there is something that the store does not have.
-    pub fn is_behind(&self) -> bool {
+    /// How many events the store is not known to have.
+    pub fn unwritten(&self) -> i64 {
         let state = self.state();
-        state.under_way.is_some() || state.logged < state.next - 1
+        state.next - 1 - state.logged
     }
 
     /// Whether a chunk may or may not have arrived at the store.
@@ -168,32 +152,31 @@ impl Log {
 
     /// Ends the log; the first end stands.
     pub fn end(&self, end: End) {
-        self.state().end.get_or_insert(end);
-        self.changed.send_replace(());
+        let mut state = self.state();
+        state.end.get_or_insert(end);
+        state.wake();
     }
 
     pub fn has_ended(&self) -> bool {
         self.state().end.is_some()
     }
 
-    /// The first event with a greater number.
-    pub fn after(&self, taken: i64) -> Result<Found, Error> {
-        let state = self.state();
-        let first = state.next - state.lines.len() as i64;
-        if taken + 1 >= state.next {
-            return Ok(match &state.end {
-                Some(end) => Found::End(end.clone()),
-                None => Found::Nothing,
-            });
+    /// The first event with a greater number, or what else there is; waits while there is nothing.
+    pub fn poll_after(&self, taken: i64, context: &mut Context<'_>) -> Poll<Found> {
+        let mut state = self.state();
+        let found = state.after(taken);
+        if found.is_none() {
+            let waker = context.waker();
+            if !state.waiting.iter().any(|known| known.will_wake(waker)) {
+                state.waiting.push(waker.clone());
+            }
         }
-        // Also where this attempt begins after a leap: an earlier one's may come first.
-        if taken + 1 < first {
-            return Ok(Found::Older);
-        }
-        let number = taken + 1;
-        let line = state.lines[(number - first) as usize].clone();
-        drop(state);
-        Ok(Found::Event(number, events::read(&line)?))
+        found.map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// How it has ended, if it has.
+    pub fn ended(&self) -> Option<End> {
+        self.state().end.clone()
     }
 
     /// Whether a follower that has taken so many can go on here.
@@ -205,10 +188,32 @@ impl Log {
 
 impl State {
     fn write(&mut self, event: Event) {
-        if let Some(line) = events::write(event) {
+        if let Some(line) = Line::of(event) {
             self.lines.push_back(line);
             self.next += 1;
+            self.wake();
         }
+    }
+
+    fn wake(&mut self) {
+        for waker in self.waiting.drain(..) {
+            waker.wake();
+        }
+    }
+
+    /// `None`: there is nothing yet.
+    fn after(&self, taken: i64) -> Option<Found> {
+        let first = self.next - self.lines.len() as i64;
+        let number = taken + 1;
+        if number >= self.next {
+            return self.end.clone().map(Found::End);
+        }
+        // Also where this attempt begins after a leap: an earlier one's may come first.
+        if number < first {
+            return Some(Found::Older);
+        }
+        let line = &self.lines[(number - first) as usize];
+        Some(Found::Event(number, line.event()))
     }
 }
 
@@ -225,7 +230,7 @@ mod tests {
 
     fn all(log: &Log, mut taken: i64) -> Vec<(i64, Event)> {
         let mut events = Vec::new();
-        while let Found::Event(number, event) = log.after(taken).unwrap() {
+        while let Some(Found::Event(number, event)) = log.state().after(taken) {
             taken = number;
             events.push((number, event));
         }
@@ -239,10 +244,10 @@ mod tests {
         log.push(text("b"));
         assert_eq!(all(&log, 0), [(1, text("a")), (2, text("b"))]);
         assert_eq!(all(&log, 1), [(2, text("b"))]);
-        assert!(matches!(log.after(2).unwrap(), Found::Nothing));
+        assert!(log.state().after(2).is_none());
         log.end(End::Moved);
         assert_eq!(all(&log, 1), [(2, text("b"))]);
-        assert!(matches!(log.after(2).unwrap(), Found::End(End::Moved)));
+        assert!(matches!(log.state().after(2), Some(Found::End(End::Moved))));
     }
 
     #[test]
@@ -269,7 +274,7 @@ mod tests {
         assert!(log.has(0));
         log.chunk();
         log.written(10_000);
-        assert!(matches!(log.after(0).unwrap(), Found::Older));
+        assert!(matches!(log.state().after(0), Some(Found::Older)));
         assert!(!log.has(0) && log.has(1_000 - RECENT_MAX as i64));
         assert_eq!(all(&log, 1_000 - RECENT_MAX as i64).len(), RECENT_MAX);
     }
@@ -291,7 +296,7 @@ mod tests {
     fn a_later_attempt_sends_followers_to_the_store_for_what_came_before() {
         let log = Log::new(1001, 1000, 4);
         log.push(text("a"));
-        assert!(matches!(log.after(7).unwrap(), Found::Older));
+        assert!(matches!(log.state().after(7), Some(Found::Older)));
         assert_eq!(all(&log, 1000), [(1001, text("a"))]);
     }
 }

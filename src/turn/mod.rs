@@ -313,8 +313,8 @@ impl Turns {
         let patience_ends = Instant::now() + STORE_PATIENCE;
         while self.held(&held.session, &held.turn).is_some() {
             if Instant::now() >= patience_ends {
-                return match held.log.after(i64::MAX - 1)? {
-                    log::Found::End(End::Failed(error)) => Err(error),
+                return match held.log.ended() {
+                    Some(End::Failed(error)) => Err(error),
                     _ => Err(Error::Internal),
                 };
             }

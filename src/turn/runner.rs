@@ -224,7 +224,7 @@ impl Runner {
                     Some(_) => {}
                 }
             }
-            let is_due = self.held.log.is_behind() || kept_at.elapsed() >= KEEP_EVERY;
+            let is_due = self.held.log.unwritten() > 0 || kept_at.elapsed() >= KEEP_EVERY;
             if !is_poked && !is_due {
                 continue;
             }
