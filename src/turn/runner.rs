@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use futures_util::StreamExt as _;
 use tokio::{
     sync::OwnedSemaphorePermit,
-    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval_at, sleep, timeout},
 };
 
 use super::{
@@ -31,10 +31,13 @@ use crate::{
     window::Purpose,
 };
 
-/// How often what was said is written to the store's log, at most.
+/// How often what was said is written to the store's log while somebody reads it there.
 const WRITE_EVERY: Duration = Duration::from_millis(250);
-/// How often the store is asked whether the turn is to stop, at least.
+/// How often it is written, and the store asked whether the turn is to stop, in any case. Who stops a
+/// turn from elsewhere waits little longer ([`super::STOP_PATIENCE`]).
 const KEEP_EVERY: Duration = Duration::from_millis(500);
+/// So many new events are written sooner: a fast model must not use up what is reserved.
+const WRITE_EVENTS: i64 = super::RESERVE / 8;
 /// How long a turn that is to stop without followers waits for one to come back.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 /// How long a follower at another server counts after it was last noted.
@@ -202,16 +205,18 @@ impl Runner {
 
     /// Keeps the lease and writes the log, until the turn is to end.
     async fn keep(&self) -> Ending {
-        let mut ticks = interval(WRITE_EVERY);
+        // Turns that began together do not write together.
+        let phase = WRITE_EVERY.mul_f64(f64::from(self.held.turn[0]) / 256.0);
+        let mut ticks = interval_at(Instant::now() + phase, WRITE_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut kept_at = Instant::now();
+        let mut kept_at: Option<Instant> = None;
         let mut alone_since: Option<Instant> = None;
         let mut is_followed_elsewhere = false;
         loop {
-            let is_poked = tokio::select! {
+            let (is_poked, now) = tokio::select! {
                 biased;
-                () = self.held.poke.notified() => true,
-                _ = ticks.tick() => false,
+                () = self.held.poke.notified() => (true, Instant::now()),
+                tick = ticks.tick() => (false, tick),
             };
             if self.run.stop_on_disconnect {
                 let is_followed = *self.held.followers.borrow() > 0 || is_followed_elsewhere;
@@ -224,13 +229,14 @@ impl Runner {
                     Some(_) => {}
                 }
             }
-            let is_due = self.held.log.unwritten() > 0 || kept_at.elapsed() >= KEEP_EVERY;
-            if !is_poked && !is_due {
+            let unwritten = self.held.log.unwritten();
+            let since = kept_at.map_or(KEEP_EVERY, |kept_at| now - kept_at);
+            if !is_poked && !is_due(unwritten, is_followed_elsewhere, since) {
                 continue;
             }
             match self.keep_once().await {
                 Ok(kept) => {
-                    kept_at = Instant::now();
+                    kept_at = Some(now);
                     is_followed_elsewhere = kept
                         .followed_ms_ago
                         .is_some_and(|ago_ms| ago_ms < FOLLOWED_MS);
@@ -567,6 +573,11 @@ const PIECE_BYTES: usize = 3;
 /// And a piece of a tool call.
 const CALL_BYTES: usize = 48;
 
+/// Whether the log is to be written and the lease extended.
+fn is_due(unwritten: i64, is_followed_elsewhere: bool, since: Duration) -> bool {
+    since >= KEEP_EVERY || unwritten >= WRITE_EVENTS || is_followed_elsewhere && unwritten > 0
+}
+
 /// What a turn comes to that the store does not let this server end.
 fn outcome_of(error: &store::Error) -> Outcome {
     match error {
@@ -605,4 +616,18 @@ fn response_metadata(model: &str, finish_reason: FinishReason) -> Option<Json> {
         "response_metadata": { "model_name": model, "finish_reason": finish_reason },
     });
     Json::parse("langchain", &metadata.to_string()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_is_written_sooner_for_who_reads_it_and_for_a_fast_model() {
+        let (early, late) = (WRITE_EVERY, KEEP_EVERY);
+        assert!(!is_due(0, false, early) && !is_due(9, false, early));
+        assert!(is_due(1, true, early) && !is_due(0, true, early));
+        assert!(is_due(WRITE_EVENTS, false, early));
+        assert!(is_due(0, false, late));
+    }
 }
