@@ -441,7 +441,8 @@ fn events(
     deadline: Option<Instant>,
     call: TaskTrackerToken,
 ) -> impl Stream<Item = Result<pb::ChatResponse, Status>> + Send {
-    stream::unfold(Some((follower, call)), move |state| async move {
+    // Small: it moves with each event.
+    stream::unfold(Some((Box::new(follower), call)), move |state| async move {
         let (mut follower, call) = state?;
         match until(deadline, follower.next()).await {
             Ok(None) => None,

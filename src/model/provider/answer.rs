@@ -3,12 +3,15 @@
 //! A known gap: `genai` loses the first event of a stream that begins with a byte-order mark. With
 //! OpenAI's protocol that event is the role only; no provider is known to send such a mark.
 
-use futures_util::{StreamExt as _, stream};
+use std::pin::Pin;
+use std::task::{Context as Polling, Poll, ready};
+
+use futures_util::{Stream, StreamExt as _};
 use genai::adapter::AdapterKind;
 use genai::chat::{self, ChatStream, ChatStreamEvent, StopReason, StreamEnd};
 use serde_json::Value;
 use tracing::Dispatch;
-use tracing::instrument::WithSubscriber as _;
+use tracing::dispatcher::with_default;
 
 use super::failure::{self, Context};
 use crate::message::{Json, ToolCall, Usage};
@@ -16,15 +19,11 @@ use crate::model::{End, Error, FinishReason, Piece, Pieces, Result, ToolCallPiec
 
 /// The answer in pieces. Dropping them drops the request.
 pub(super) fn pieces(events: ChatStream, context: Context) -> Pieces {
-    let answer = Answer {
+    Answer {
         events: Some(events),
         calls: Calls::default(),
         context,
-    };
-    stream::unfold(answer, |mut answer| async move {
-        let piece = answer.next().await?;
-        Some((piece, answer))
-    })
+    }
     .boxed()
 }
 
@@ -36,18 +35,21 @@ struct Answer {
     context: Context,
 }
 
-impl Answer {
-    async fn next(&mut self) -> Option<Result<Piece>> {
+impl Stream for Answer {
+    type Item = Result<Piece>;
+
+    fn poll_next(self: Pin<&mut Self>, polling: &mut Polling<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
         loop {
-            let events = self.events.as_mut()?;
+            let Some(events) = &mut this.events else {
+                return Poll::Ready(None);
+            };
             // `genai` logs what it cannot read, and what the provider says of errors; both can
             // hold text of the conversation. So it has no log.
-            let event = async { events.next().await }
-                .with_subscriber(Dispatch::none())
-                .await;
-            let piece = match event {
-                Some(Ok(event)) => self.piece(event).transpose(),
-                Some(Err(error)) => Some(Err(failure::in_stream(error, &self.context))),
+            let event = with_default(&Dispatch::none(), || events.poll_next_unpin(polling));
+            let piece = match ready!(event) {
+                Some(Ok(event)) => this.piece(event).transpose(),
+                Some(Err(error)) => Some(Err(failure::in_stream(error, &this.context))),
                 None => Some(Err(Error::Broken(
                     "it stopped before the answer was complete".to_owned(),
                 ))),
@@ -56,12 +58,14 @@ impl Answer {
                 continue;
             };
             if matches!(piece, Ok(Piece::End(_)) | Err(_)) {
-                self.events = None;
+                this.events = None;
             }
-            return Some(piece);
+            return Poll::Ready(Some(piece));
         }
     }
+}
 
+impl Answer {
     /// The piece that an event is, if any.
     fn piece(&mut self, event: ChatStreamEvent) -> Result<Option<Piece>> {
         let text = |text: String| (!text.is_empty()).then_some(text);
