@@ -1,6 +1,7 @@
 //! Models of providers keep their contract, whatever the provider does: asked over real
 //! connections, of a provider on a loopback port.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -13,6 +14,9 @@ use chat_memory::model::{
 use futures_util::StreamExt as _;
 use harness::provider::{self, Gate, Outcome, Script};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpListener;
+use tokio::sync::Barrier;
 
 mod harness;
 
@@ -1132,4 +1136,45 @@ async fn dropping_a_retry_asks_no_more() {
     asked.abort();
     assert_eq!(server.wait_for_outcome(0).await, Outcome::ClientLeft);
     assert_eq!(server.request_count(), 1);
+}
+
+#[tokio::test]
+async fn connections_are_kept_for_as_many_prompts_as_were_asked_at_once() {
+    const AT_ONCE: usize = 16;
+    const ROUNDS: usize = 10;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let settings = Settings {
+        url: Some(format!("http://{}/v1", listener.local_addr().unwrap())),
+        ..Settings::new("test-model")
+    };
+    let model = Provider::new(settings, no_keys).expect("good settings");
+    let connections = Arc::new(AtomicUsize::new(0));
+    let serving = tokio::spawn({
+        let (connections, all) = (Arc::clone(&connections), Arc::new(Barrier::new(AT_ONCE)));
+        async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                connections.fetch_add(1, Ordering::Relaxed);
+                let all = Arc::clone(&all);
+                tokio::spawn(async move {
+                    while provider::read_request(&mut stream).await.is_some() {
+                        all.wait().await;
+                        let answer = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\
+                                       content-length: 14\r\n\r\ndata: [DONE]\n\n";
+                        stream.write_all(answer).await.unwrap();
+                    }
+                });
+            }
+        }
+    });
+    for _ in 0..ROUNDS {
+        let asked = (0..AT_ONCE).map(|_| ask(&model, prompt("hi")));
+        for outcome in futures_util::future::join_all(asked).await {
+            end(&outcome);
+        }
+    }
+    // A connection that is free a moment too late is made anew.
+    let made = connections.load(Ordering::Relaxed);
+    assert!(made < 3 * AT_ONCE, "{made} connections");
+    serving.abort();
 }

@@ -509,7 +509,7 @@ async fn serve(mut stream: TcpStream, shared: Arc<Shared>) {
 }
 
 /// Reads a request with a body of known length; `None` if the client leaves before its end.
-async fn read_request(stream: &mut TcpStream) -> Option<Request> {
+pub async fn read_request(stream: &mut TcpStream) -> Option<Request> {
     let mut bytes = Vec::new();
     let head_length = loop {
         if stream.read_buf(&mut bytes).await.ok()? == 0 {

@@ -89,6 +89,11 @@ pub enum BadSettings {
     Client(String),
 }
 
+/// Connections that wait for the next turn, at most: turns end and begin at any time, and each that
+/// finds none waits for a new one, with TLS for several ways to the provider and back. `genai` would
+/// keep 4. One takes 25 KiB, and goes when it has waited for 90 s.
+const IDLE_CONNECTIONS_MAX: usize = 64;
+
 /// Which names of models may be asked for, and how they are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Names {
@@ -219,6 +224,7 @@ fn client(address: &Url, connect_timeout: Duration) -> std::result::Result<Clien
     let http = WebConfig::default()
         .with_connect_timeout(connect_timeout)
         .apply_to_builder(builder)
+        .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
         .build()
         .map_err(|error| BadSettings::Client(failure::innermost(&error)))?;
     Client::builder()
