@@ -84,7 +84,7 @@ impl Appends {
         let call = Arc::new(Call { keys, append });
         let answer = match self.append_together(&call).await {
             Some(answer) => answer,
-            None => self.append_alone(&call).await,
+            None => self.append_alone(&call, true).await,
         };
         call.parse(answer.map_err(failure_of_write)?)
     }
@@ -101,24 +101,35 @@ impl Appends {
             answer,
         };
         together.waiting.try_send(waiting).ok()?;
-        let script = &self.scripts.append;
         Some(match answered.await {
             Ok(Err(Failure::NoAnswer(reason))) => {
-                let second = self.connection.write(&invocation(script, &[call])).await;
+                let second = self.append_alone(call, false).await;
                 // Whatever the second attempt fails from, the first may have arrived.
-                only(second).map_err(|_| Failure::NoAnswer(reason))
+                second.map_err(|_| Failure::NoAnswer(reason))
             }
             // It may be that of another append.
             Ok(Err(Failure::Refused(_))) => return None,
             Ok(answer) => answer,
             // The call before it has failed.
-            Err(_) => only(self.connection.write(&invocation(script, &[call])).await),
+            Err(_) => self.append_alone(call, false).await,
         })
     }
 
-    async fn append_alone(&self, call: &Call) -> std::result::Result<Value, Failure> {
+    /// Appends by itself; a second time where it may and there is no answer to the first.
+    async fn append_alone(
+        &self,
+        call: &Call,
+        may_repeat: bool,
+    ) -> std::result::Result<Value, Failure> {
         let script = invocation(&self.scripts.append, &[call]);
-        only(self.connection.write_repeatable(&script).await)
+        let answer = match may_repeat {
+            true => self.connection.write_repeatable(&script).await,
+            false => self.connection.write(&script).await,
+        };
+        answer.map(|value| match value {
+            Value::Array(mut values) if values.len() == 1 => values.remove(0),
+            other => other,
+        })
     }
 }
 
@@ -159,17 +170,11 @@ async fn send_together(connection: &Connection, scripts: &Scripts, calls: Vec<Wa
             }
             true
         }
-        Ok(other) => {
+        same => {
             for waiting in calls {
-                let _ = waiting.answer.send(Ok(other.clone()));
+                let _ = waiting.answer.send(same.clone());
             }
-            true
-        }
-        Err(failure) => {
-            for waiting in calls {
-                let _ = waiting.answer.send(Err(failure.clone()));
-            }
-            matches!(failure, Failure::Refused(_))
+            matches!(same, Ok(_) | Err(Failure::Refused(_)))
         }
     }
 }
@@ -198,14 +203,6 @@ fn invocation<'a>(script: &'a redis::Script, calls: &[&Call]) -> Invocation<'a> 
         }
     }
     script
-}
-
-/// What the only append of a script came to.
-fn only(answer: std::result::Result<Value, Failure>) -> std::result::Result<Value, Failure> {
-    answer.map(|value| match value {
-        Value::Array(mut values) if values.len() == 1 => values.remove(0),
-        other => other,
-    })
 }
 
 impl Call {
