@@ -25,6 +25,7 @@ pub mod turn;
 pub mod watch;
 pub mod window;
 pub mod wire;
+pub mod workers;
 
 /// The generated types of `proto/chatmemory/v1/chat_memory.proto`.
 #[allow(missing_docs, clippy::all)]

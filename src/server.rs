@@ -5,6 +5,7 @@ use std::{
     fs, io,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
+    pin::pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -12,12 +13,16 @@ use std::{
 
 use futures_util::future::{BoxFuture, join_all};
 use tokio::{
-    net::{TcpListener, UnixListener, UnixStream},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::mpsc,
     task::JoinSet,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
-use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
-use tokio_util::sync::CancellationToken;
+use tokio_stream::{
+    Stream, StreamExt as _,
+    wrappers::{ReceiverStream, UnixListenerStream},
+};
+use tokio_util::{either::Either, sync::CancellationToken};
 use tonic::{
     body::Body,
     server::NamedService as _,
@@ -36,6 +41,7 @@ use crate::{
     store::Store,
     telemetry,
     turn::Turns,
+    workers::{Place, Workers},
 };
 
 /// The descriptors of our proto, for reflection.
@@ -51,6 +57,12 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long connections get to send what they have once nothing runs any more. A client that keeps
 /// a health watch open would otherwise hold the server for the whole drain.
 const FLUSH_LIMIT: Duration = Duration::from_millis(500);
+
+/// Connections that a worker has not begun to serve, at most; others wait to be accepted.
+const ACCEPTED_MAX: usize = 64;
+
+/// The pause after a connection could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 
 /// How long aborted turns get to tell their clients.
 const ABORT_LIMIT: Duration = Duration::from_secs(1);
@@ -121,6 +133,8 @@ impl Drop for SocketFile {
 /// What a server is made of.
 pub struct Parts {
     pub listeners: Vec<Listener>,
+    /// Who serves the connections.
+    pub workers: Workers,
     pub store: Arc<dyn Store>,
     pub turns: Turns,
     pub limits: Limits,
@@ -159,8 +173,10 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
 
     let stop_accepting = CancellationToken::new();
     let mut serving = JoinSet::new();
-    let mut socket_files = Vec::new();
-    for listener in parts.listeners {
+    let mut queues = Vec::new();
+    for worker in parts.workers.handles() {
+        let (queue, accepted) = mpsc::channel(ACCEPTED_MAX);
+        queues.push(queue);
         let server = Server::builder()
             .layer(telemetry::call_log())
             .layer(layer_fn(Measured))
@@ -169,23 +185,32 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
             .http2_keepalive_interval(Some(parts.keepalive))
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .add_routes(routes.clone());
+        let sockets = ReceiverStream::new(accepted).map(Accepted::open);
         let stop = stop_accepting.clone().cancelled_owned();
+        serving.spawn_on(server.serve_with_incoming_shutdown(sockets, stop), worker);
+    }
+    let workers = Arc::new(parts.workers);
+    let mut accepting = JoinSet::new();
+    let mut socket_files = Vec::new();
+    for listener in parts.listeners {
+        let (workers, queues) = (Arc::clone(&workers), queues.clone());
         match listener {
             Listener::Tcp(listener) => {
                 let incoming = TcpIncoming::from(listener)
                     .with_nodelay(Some(true))
-                    .with_keepalive(Some(parts.keepalive));
-                let sockets = incoming.map(|stream| stream.map(Socket::new));
-                serving.spawn(server.serve_with_incoming_shutdown(sockets, stop));
+                    .with_keepalive(Some(parts.keepalive))
+                    .map(|stream| stream.and_then(TcpStream::into_std).map(Either::Left));
+                accepting.spawn(accept(incoming, workers, queues));
             }
             Listener::Unix(listener, file) => {
-                let incoming = UnixListenerStream::new(listener);
-                let sockets = incoming.map(|stream| stream.map(Socket::new));
+                let incoming = UnixListenerStream::new(listener)
+                    .map(|stream| stream.and_then(UnixStream::into_std).map(Either::Right));
                 socket_files.push(file);
-                serving.spawn(server.serve_with_incoming_shutdown(sockets, stop));
+                accepting.spawn(accept(incoming, workers, queues));
             }
         }
     }
+    drop(queues);
 
     let mut reachable = parts.store.reachable();
     loop {
@@ -212,6 +237,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
             .set_service_status(name, ServingStatus::NotServing)
             .await;
     }
+    accepting.shutdown().await;
     stop_accepting.cancel();
     service.end_watchers();
     let limit = Instant::now() + parts.drain_limit;
@@ -230,6 +256,49 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
     let flushed = async { while serving.join_next().await.is_some() {} };
     timeout(FLUSH_LIMIT, flushed).await.ok();
     Ok(())
+}
+
+/// A connection that is not looked after by any runtime yet.
+struct Accepted {
+    stream: Either<std::net::TcpStream, std::os::unix::net::UnixStream>,
+    place: Place,
+}
+
+impl Accepted {
+    /// Has the worker's runtime look after it, within which this is called.
+    fn open(self) -> io::Result<Socket<Either<TcpStream, UnixStream>>> {
+        let stream = match self.stream {
+            Either::Left(stream) => Either::Left(TcpStream::from_std(stream)?),
+            Either::Right(stream) => Either::Right(UnixStream::from_std(stream)?),
+        };
+        Ok(Socket::new(stream).at(self.place))
+    }
+}
+
+/// Gives each connection that comes in to a worker.
+async fn accept(
+    incoming: impl Stream<
+        Item = io::Result<Either<std::net::TcpStream, std::os::unix::net::UnixStream>>,
+    >,
+    workers: Arc<Workers>,
+    queues: Vec<mpsc::Sender<Accepted>>,
+) {
+    let mut incoming = pin!(incoming);
+    while let Some(accepted) = incoming.next().await {
+        match accepted {
+            Ok(stream) => {
+                let place = workers.place();
+                let queue = &queues[place.worker];
+                // None is served any more where this fails.
+                queue.send(Accepted { stream, place }).await.ok();
+            }
+            // The peer is gone already; or there are too many open files, which may last.
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
 }
 
 /// Has the metrics measure each call.

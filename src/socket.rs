@@ -12,6 +12,8 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tonic::transport::server::Connected;
 
+use crate::workers::Place;
+
 /// Bytes that are kept, at most: two frames of the usual size, and what comes around them.
 const KEPT_MAX: usize = 40 << 10;
 /// Bytes of room that an idle connection holds on to, at most.
@@ -25,6 +27,7 @@ pub struct Socket<S> {
     written: usize,
     /// Whether the stream took nothing when it was last written to. It wakes the task by itself then.
     is_full: bool,
+    _place: Option<Place>,
 }
 
 impl<S> Socket<S> {
@@ -34,7 +37,14 @@ impl<S> Socket<S> {
             kept: Vec::new(),
             written: 0,
             is_full: false,
+            _place: None,
         }
+    }
+
+    /// Has this place for as long as it is there.
+    pub fn at(self, place: Place) -> Self {
+        let _place = Some(place);
+        Self { _place, ..self }
     }
 
     fn is_empty(&self) -> bool {
@@ -139,12 +149,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Socket<S> {
     }
 }
 
-impl<S: Connected> Connected for Socket<S> {
-    type ConnectInfo = S::ConnectInfo;
+/// Nobody asks who is at the other end.
+impl<S> Connected for Socket<S> {
+    type ConnectInfo = ();
 
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.stream.connect_info()
-    }
+    fn connect_info(&self) {}
 }
 
 #[cfg(test)]

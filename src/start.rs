@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +27,7 @@ use crate::{
     },
     telemetry::{self, LogFormat},
     turn::{self, Turns},
+    workers::{self, Workers},
 };
 
 /// The exit code for settings that cannot work, as clap has it.
@@ -74,10 +76,7 @@ pub fn serve(settings: &Serve) -> ExitCode {
 /// Runs a client command.
 pub fn client(work: impl Future<Output = ExitCode>) -> ExitCode {
     // One thread is enough for one connection, and starts sooner.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    match runtime {
+    match workers::runtime() {
         Ok(runtime) => {
             let code = runtime.block_on(work);
             // A thread that still waits for a line from the terminal is not waited for.
@@ -112,46 +111,31 @@ fn run(config: &Config) -> Result<(), Failure> {
     // The filter was checked with the other settings.
     telemetry::start(config.log_format, &config.log).ok();
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let runtime = runtime(workers(config.workers, cores))?;
-    let outcome = runtime.block_on(run_until_signal(config));
+    let has_writer = matches!(config.store, StoreConfig::Embedded { .. });
+    let workers = workers(config.workers, cores, has_writer);
+    let runtime = workers::runtime()?;
+    let outcome = runtime.block_on(run_until_signal(config, workers));
     runtime.shutdown_timeout(RUNTIME_LIMIT);
     outcome
 }
 
-/// Cores up to which one thread serves all calls, if nothing else is said. A runtime of one thread
-/// never wakes another, so that an append costs a third less CPU, and the other core has Redis, the
-/// embedded store's own threads, and the clients. With more cores, one thread would be the ceiling.
-const ONE_THREAD_CORES_MAX: usize = 2;
-
-/// How many threads serve calls. `cores`: as many as this process may use, by its cgroup, too.
-fn workers(asked: usize, cores: usize) -> usize {
+/// How many threads serve calls. `cores`: as many as this process may use, by its cgroup, too. The
+/// thread that writes to the embedded file has one of them.
+fn workers(asked: usize, cores: usize, has_writer: bool) -> usize {
     match asked {
-        0 if cores <= ONE_THREAD_CORES_MAX => 1,
-        0 => cores,
+        0 => cores.saturating_sub(usize::from(has_writer)).max(1),
         asked => asked,
     }
 }
 
-/// What calls are served on.
-fn runtime(workers: usize) -> io::Result<tokio::runtime::Runtime> {
-    use tokio::runtime::Builder;
-    let mut builder = match workers {
-        1 => Builder::new_current_thread(),
-        _ => Builder::new_multi_thread(),
-    };
-    if workers > 1 {
-        builder.worker_threads(workers);
-    }
-    builder.enable_all().build()
-}
-
-async fn run_until_signal(config: &Config) -> Result<(), Failure> {
+async fn run_until_signal(config: &Config, workers: usize) -> Result<(), Failure> {
     let shutdown = shutdown_on_signal()?;
+    let workers = Workers::start(workers)?;
     let model = make_model(&config.model).map_err(Failure::Settings)?;
     let listeners = bind(config).await.map_err(Failure::Settings)?;
     // Before all that counts.
     let metrics = start_metrics(config).await.map_err(Failure::Settings)?;
-    let store = open_store(config)?;
+    let store = open_store(config, workers.handles())?;
     let metrics_at = metrics.as_ref().map(Metrics::address).transpose()?;
     announce(config, &listeners, metrics_at, &*store, &*model)?;
     if let Some(metrics) = metrics {
@@ -174,6 +158,7 @@ async fn run_until_signal(config: &Config) -> Result<(), Failure> {
     );
     let parts = Parts {
         listeners,
+        workers,
         store,
         turns,
         limits: Limits {
@@ -242,12 +227,13 @@ async fn start_metrics(config: &Config) -> Result<Option<Metrics>, Problems> {
     started.map(Some).map_err(failed)
 }
 
-fn open_store(config: &Config) -> Result<Arc<dyn Store>, Failure> {
+fn open_store(config: &Config, workers: &[Handle]) -> Result<Arc<dyn Store>, Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::Store(error.to_string());
     match &config.store {
         StoreConfig::Embedded { path } => {
             let options = sqlite::Options {
                 upkeep: config.upkeep,
+                workers: workers.to_vec(),
                 ..sqlite::Options::default()
             };
             let store = Sqlite::open_with(path, &config.key_prefix, options);
@@ -258,7 +244,7 @@ fn open_store(config: &Config) -> Result<Arc<dyn Store>, Failure> {
                 upkeep: config.upkeep,
                 ..settings.clone()
             };
-            let store = Redis::connect(settings);
+            let store = Redis::connect_for(settings, workers);
             Ok(Arc::new(store.map_err(|error| failed(&error))?))
         }
     }
@@ -343,22 +329,12 @@ fn announce(
 
 #[cfg(test)]
 mod tests {
-    use tokio::runtime::RuntimeFlavor;
-
     use super::*;
 
     #[test]
-    fn one_worker_is_a_runtime_of_one_thread_and_others_are_as_many_as_asked() {
-        let flavor = runtime(1).unwrap().handle().runtime_flavor();
-        assert_eq!(flavor, RuntimeFlavor::CurrentThread);
-        assert_eq!(runtime(3).unwrap().metrics().num_workers(), 3);
-        let flavor = runtime(3).unwrap().handle().runtime_flavor();
-        assert_eq!(flavor, RuntimeFlavor::MultiThread);
-    }
-
-    #[test]
-    fn one_thread_serves_small_machines_and_a_thread_a_core_the_others() {
-        assert_eq!([1, 2, 3, 8].map(|cores| workers(0, cores)), [1, 1, 3, 8]);
-        assert_eq!([1, 2, 5].map(|asked| workers(asked, 2)), [1, 2, 5]);
+    fn a_thread_a_core_serves_calls_but_one_core_is_the_writing_threads() {
+        let on = |cores| (workers(0, cores, false), workers(0, cores, true));
+        assert_eq!([1, 2, 3, 8].map(on), [(1, 1), (2, 1), (3, 2), (8, 7)]);
+        assert_eq!([1, 2, 5].map(|asked| workers(asked, 2, true)), [1, 2, 5]);
     }
 }

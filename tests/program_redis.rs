@@ -291,3 +291,69 @@ async fn a_page_token_of_another_session_is_refused_on_redis_too() {
         ["page_token"]
     );
 }
+
+/// The server's connections to Redis, and the last command of each.
+async fn of_server(redis: &Redis) -> Vec<(String, String)> {
+    let clients: String = redis.command(&["CLIENT", "LIST"]).await;
+    let field = |line: &str, name: &str| {
+        let mut fields = line.split(' ');
+        let value = fields.find_map(|field| field.strip_prefix(name));
+        value.unwrap_or_default().to_owned()
+    };
+    let of_line = |line: &str| (field(line, "id="), field(line, "cmd="));
+    let all = clients.lines().map(of_line);
+    all.filter(|(_, command)| command != "client|list")
+        .collect()
+}
+
+#[tokio::test]
+async fn each_worker_has_a_connection_to_redis_and_all_of_them_come_back() {
+    let mut redis = Redis::start().await;
+    let url = redis.url();
+    let arguments = ["--workers", "3", "--redis", &url];
+    let program = Program::start(&[&arguments[..], &["--listen", "127.0.0.1:0"]].concat());
+    ready(&program).await;
+    // Two for each worker.
+    let mut clients = Vec::new();
+    for _ in 0..6 {
+        clients.push(connect(&program).await);
+    }
+    let append_by_all = async |text: &str| {
+        let mut calls = Vec::new();
+        for client in &clients {
+            let (mut client, text) = (client.clone(), text.to_owned());
+            calls.push(tokio::spawn(async move {
+                client.append(append("s", vec![user(&text)])).await
+            }));
+        }
+        for call in calls {
+            call.await.unwrap().unwrap();
+        }
+    };
+    wait::until("each connection has appended", || async {
+        append_by_all("first").await;
+        let connections = of_server(&redis).await;
+        let appended = connections.iter().filter(|(_, last)| last == "evalsha");
+        (connections.len() == 3 && appended.count() == 3).then_some(())
+    })
+    .await;
+
+    let length = async || -> i64 { redis.command(&["LLEN", "message_store:s"]).await };
+    let before = length().await;
+    for (id, _) in of_server(&redis).await {
+        let _: i64 = redis.command(&["CLIENT", "KILL", "ID", &id]).await;
+    }
+    append_by_all("second").await;
+    assert_eq!(length().await, before + 6);
+
+    redis.restart().await;
+    wait::until("all connections are back", || async {
+        (of_server(&redis).await.len() == 3).then_some(())
+    })
+    .await;
+    append_by_all("third").await;
+    for client in &clients {
+        let contents = contents(&mut client.clone(), "s").await;
+        assert!(contents.ends_with(&["third"; 6].map(str::to_owned)));
+    }
+}

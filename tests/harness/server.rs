@@ -10,6 +10,7 @@ use chat_memory::{
     service,
     store::{Store, sqlite::Sqlite},
     turn::{self, Turns},
+    workers::Workers,
 };
 use hyper_util::rt::TokioIo;
 use tokio::{net::UnixStream, task::JoinHandle};
@@ -104,6 +105,7 @@ pub async fn server_on(
     );
     let parts = Parts {
         listeners,
+        workers: Workers::start(2).expect("threads"),
         store: Arc::clone(&store),
         turns: turns.clone(),
         limits: service::Limits {

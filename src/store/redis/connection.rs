@@ -28,6 +28,7 @@ use super::InvalidSettings;
 use super::cluster::{key_of, tag_of};
 use super::invocation::{Invocation, for_each};
 use super::sentinel::Sentinels;
+use crate::workers;
 
 /// How long a call waits for a connection when there is none.
 pub(super) const CONNECTION_WAIT: Duration = Duration::from_secs(1);
@@ -696,7 +697,8 @@ async fn supervise(target: Server, state: watch::Sender<State>, reachable: watch
                 let is_news =
                     !matches!(&*state.borrow(), State::Disconnected(known) if *known == reason);
                 if is_news {
-                    tracing::warn!(redis = target.describe(), reason, "cannot connect");
+                    let worker = workers::index();
+                    tracing::warn!(redis = target.describe(), worker, reason, "cannot connect");
                 }
                 state.send_replace(State::Disconnected(reason));
             }

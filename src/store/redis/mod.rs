@@ -23,6 +23,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use redis::{Cmd, RedisError, Value};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use self::append::Appends;
@@ -41,6 +42,7 @@ use super::{
 };
 use crate::message::{SessionId, UnixMillis, now_ms};
 use crate::secret::Secret;
+use crate::workers;
 
 mod append;
 mod cluster;
@@ -136,6 +138,12 @@ pub enum InvalidSettings {
     Certificates { path: PathBuf, reason: String },
 }
 
+/// How one worker reaches Redis.
+struct Lane {
+    connection: Arc<Connection>,
+    appends: Appends,
+}
+
 /// Keeps sessions in Redis.
 ///
 /// A call takes at most 2 × (1 s + timeout), 6 s by default: twice, it waits up to 1 s for a
@@ -146,9 +154,9 @@ pub enum InvalidSettings {
 ///
 /// If Redis refuses writes (a full disk, a replica), reads still work as long as it answers them.
 pub struct Redis {
-    connection: Arc<Connection>,
+    /// One for each worker.
+    lanes: Vec<Lane>,
     scripts: Arc<Scripts>,
-    appends: Appends,
     index: Index,
     watch: Watch,
     lean: Lean,
@@ -162,24 +170,42 @@ impl Redis {
     /// Makes the store and starts to connect; does not wait for Redis to be there. Must be called
     /// within a Tokio runtime.
     pub fn connect(settings: Settings) -> std::result::Result<Self, InvalidSettings> {
+        Self::connect_for(settings, &[Handle::current()])
+    }
+
+    /// Like [`connect`](Self::connect), for calls from these workers' runtimes, in the order of their
+    /// numbers. Each has connections of its own; what the store does by itself, the first one does.
+    pub fn connect_for(
+        settings: Settings,
+        workers: &[Handle],
+    ) -> std::result::Result<Self, InvalidSettings> {
         let target = settings.target()?;
         let description = target.describe();
-        let connection = Arc::new(Connection::start(target.clone(), settings.wait_replicas));
         let scripts = Arc::new(Scripts::new(settings.upkeep));
+        let replicas = settings.wait_replicas;
+        // Waiting for replicas takes several connections already.
+        let many = if replicas > 0 { 1 } else { workers.len() };
+        let lanes: Vec<_> = workers[..many]
+            .iter()
+            .map(|worker| {
+                let _within = worker.enter();
+                let connection = Arc::new(Connection::start(target.clone(), replicas));
+                let appends = Appends::start(Arc::clone(&connection), Arc::clone(&scripts));
+                Lane {
+                    connection,
+                    appends,
+                }
+            })
+            .collect();
+        let connection = Arc::clone(&lanes[0].connection);
         let prefix = settings.key_prefix;
         Ok(Self {
-            appends: Appends::start(Arc::clone(&connection), Arc::clone(&scripts)),
             index: Index::start(Arc::clone(&connection), Arc::clone(&scripts), &prefix),
-            watch: Watch::start(
-                target,
-                Arc::clone(&connection),
-                Arc::clone(&scripts),
-                &prefix,
-            ),
+            watch: Watch::start(target, connection, Arc::clone(&scripts), &prefix),
+            lanes,
             lean: Lean::new(),
             reads_extend: settings.upkeep.reads_extend,
             description,
-            connection,
             scripts,
             key_prefix: prefix,
         })
@@ -188,10 +214,17 @@ impl Redis {
     /// Waits until Redis can be used; [`Error::Unavailable`] says why not, if that takes longer
     /// than the limit.
     pub async fn ready(&self, limit: Duration) -> Result<()> {
-        self.connection
-            .ready(limit)
-            .await
-            .map_err(Error::Unavailable)
+        let ready = self.lanes[0].connection.ready(limit).await;
+        ready.map_err(Error::Unavailable)
+    }
+
+    /// The lane of this worker.
+    fn lane(&self) -> &Lane {
+        &self.lanes[workers::index() % self.lanes.len()]
+    }
+
+    fn connection(&self) -> &Connection {
+        &self.lane().connection
     }
 
     /// Reads a page; of elements above `element_max` bytes only the size.
@@ -211,7 +244,7 @@ impl Redis {
             .arg(to_lua(read.limit.max(1)))
             .arg(to_lua(read.bytes_max))
             .arg(to_lua(element_max));
-        let answer = self.connection.run_repeatable(&script).await;
+        let answer = self.connection().run_repeatable(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_read)?)?;
         if reply.word != "page" {
             return Err(reply.refusal());
@@ -260,7 +293,7 @@ impl Redis {
         read: Read,
         element_max: usize,
     ) -> Result<Option<Page>> {
-        let (Some(node), Some(newest)) = (self.connection.one(), self.newest(session, &read))
+        let (Some(node), Some(newest)) = (self.connection().one(), self.newest(session, &read))
         else {
             return Ok(None);
         };
@@ -360,7 +393,7 @@ impl Store for Redis {
         let is_large = |element: &Bytes| element.len() > SMALL_MAX;
         let has_large = append.elements.iter().any(is_large);
         let keys = Keys::new(&self.key_prefix, session);
-        let appended = self.appends.append(keys, append).await?;
+        let appended = self.lane().appends.append(keys, append).await?;
         if !appended.repeated {
             self.wrote(session);
             if has_large || self.lean.of(session) == Known::Unusual {
@@ -381,7 +414,7 @@ impl Store for Redis {
     async fn clear(&self, session: &SessionId) -> Result<i64> {
         let script = self.invocation(&self.scripts.clear, session);
         // Not repeated: a second clear would count nothing.
-        let answer = self.connection.write(&script).await;
+        let answer = self.connection().write(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
         match reply.word.as_str() {
             "cleared" => {
@@ -409,7 +442,7 @@ impl Store for Redis {
                 .arg(list.limit.max(1))
                 .arg("TYPE")
                 .arg("list");
-            let answer = self.connection.query(&commands).await;
+            let answer = self.connection().query(&commands).await;
             let (values, answered_by) = answer.map_err(failure_of_read)?;
             if position != "0" && *answered_by != *run_id {
                 position = "0";
@@ -437,7 +470,7 @@ impl Store for Redis {
         let mut commands = redis::pipe();
         let keys = Keys::new(&self.key_prefix, session);
         commands.cmd("PTTL").arg(keys.in_order()[0]);
-        let answer = self.connection.query(&commands).await;
+        let answer = self.connection().query(&commands).await;
         let (values, _) = answer.map_err(failure_of_read)?;
         match values.first() {
             Some(Value::Int(left)) if *left >= 0 => Ok(Some(now_ms() + left)),
@@ -449,7 +482,7 @@ impl Store for Redis {
     async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool> {
         let mut script = self.invocation(&self.scripts.expire, session);
         script.arg(at_ms);
-        let answer = self.connection.write_repeatable(&script).await;
+        let answer = self.connection().write_repeatable(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_write)?)?;
         match reply.word.as_str() {
             "expires" => Ok(reply.number()? == 1),
@@ -458,7 +491,7 @@ impl Store for Redis {
     }
 
     fn reachable(&self) -> watch::Receiver<bool> {
-        self.connection.reachable()
+        self.lanes[0].connection.reachable()
     }
 
     fn describe(&self) -> String {

@@ -36,7 +36,7 @@ impl SessionStore for Redis {
         script
             .arg(look.at.clamp(0, SEQUENCE_MAX))
             .arg(u8::from(look.with_request));
-        let answer = self.connection.run_repeatable(&script);
+        let answer = self.connection().run_repeatable(&script);
         let (answer, active_ms) = tokio::join!(answer, self.index.active_ms(session));
         let mut seen = parse_seen(Reply::of(answer.map_err(failure_of_read)?)?)?;
         if seen.count > 0 {
@@ -192,7 +192,7 @@ impl SessionStore for Redis {
             // It would go by itself, later.
             let mut commands = redis::pipe();
             commands.cmd("UNLINK").arg(&copy);
-            let _ = self.connection.query(&commands).await;
+            let _ = self.connection().query(&commands).await;
         }
         forked
     }
@@ -316,7 +316,7 @@ impl Redis {
         let keys = Keys::new(&self.key_prefix, session);
         let mut commands = redis::pipe();
         commands.cmd("HGET").arg(keys.in_order()[1]).arg("origin");
-        let answer = self.connection.query(&commands).await;
+        let answer = self.connection().query(&commands).await;
         match answer.map_err(failure_of_read)?.0.into_iter().next() {
             Some(Value::BulkString(text)) => Ok(Some(String::from_utf8_lossy(&text).into_owned())),
             Some(Value::Nil) | None => Ok(None),
@@ -342,7 +342,7 @@ impl Redis {
             .map(|keys| (keys.in_order().to_vec(), ["0", "0"]))
             .collect();
         let answer = self
-            .connection
+            .connection()
             .run_for_each(&self.scripts.look, &calls)
             .await;
         let values = answer.map_err(failure_of_read)?;
@@ -355,7 +355,7 @@ impl Redis {
     }
 
     pub(super) async fn write(&self, script: &Invocation<'_>) -> Result<Reply> {
-        let answer = self.connection.write_repeatable(script).await;
+        let answer = self.connection().write_repeatable(script).await;
         Reply::of(answer.map_err(failure_of_write)?)
     }
 }

@@ -165,7 +165,7 @@ impl TurnStore for Redis {
             .arg(follow.from_chunk)
             .arg(to_lua(follow.bytes_max))
             .arg(u8::from(follow.is_noted));
-        let answer = self.connection.run_repeatable(&script).await;
+        let answer = self.connection().run_repeatable(&script).await;
         let mut reply = Reply::of(answer.map_err(failure_of_read)?)?;
         match reply.word.as_str() {
             "turn" => {}
@@ -196,7 +196,7 @@ impl TurnStore for Redis {
         commands.arg(running_key(&self.key_prefix));
         commands.arg("-inf").arg(now_ms());
         commands.arg("LIMIT").arg(0).arg(to_lua(limit));
-        let answer = self.connection.query(&commands).await;
+        let answer = self.connection().query(&commands).await;
         let (values, _) = answer.map_err(failure_of_read)?;
         let entries = match values.into_iter().next() {
             Some(Value::Array(entries)) => entries,
@@ -238,7 +238,7 @@ impl Redis {
             .arg(lease.retention_ms)
             .arg(lease.reserve)
             .arg(u8::from(begin.waits));
-        let (is_new, reply, page) = match self.connection.only() {
+        let (is_new, reply, page) = match self.connection().only() {
             Some(node) => {
                 self.note_and_begin(node, session, &turn, look_ms, &script, read)
                     .await?
@@ -367,7 +367,7 @@ impl Redis {
     }
 
     async fn index(&self, commands: &Pipeline) -> std::result::Result<Vec<Value>, Failure> {
-        let (values, _) = self.connection.query(commands).await?;
+        let (values, _) = self.connection().query(commands).await?;
         Ok(values)
     }
 }

@@ -25,6 +25,7 @@ use super::{
     Append, Appended, Bells, Cursor, Error, List, Page, Read, Result, SessionsPage, Store,
 };
 use crate::message::{SessionId, UnixMillis, now_ms};
+use crate::workers;
 use open::Held;
 use writer::{Claim, Job, Ring, Task, Work, Writer};
 
@@ -62,6 +63,9 @@ pub struct Options {
     pub size_bytes_max: Option<u64>,
     /// What the store does by itself with sessions.
     pub upkeep: Upkeep,
+    /// The runtimes of the workers that call it, in the order of their numbers; the one that it is
+    /// opened within, if none is named.
+    pub workers: Vec<Handle>,
 }
 
 impl Default for Options {
@@ -71,6 +75,7 @@ impl Default for Options {
             call_time_max: Duration::from_secs(10),
             size_bytes_max: None,
             upkeep: Upkeep::default(),
+            workers: Vec::new(),
         }
     }
 }
@@ -204,11 +209,15 @@ impl Sqlite {
             held,
         });
         let (jobs, queue) = mpsc::unbounded_channel();
+        let mut workers = options.workers;
+        if workers.is_empty() {
+            workers.extend(Handle::try_current());
+        }
         let writer = Writer {
             db,
             shared: shared.clone(),
             jobs: queue,
-            runtime: Handle::try_current().ok(),
+            workers,
             pruned_ms: None,
         };
         let writer = std::thread::Builder::new()
@@ -278,6 +287,7 @@ impl Sqlite {
                 size: JOB_BYTES,
                 room,
                 ring: None,
+                worker: workers::index(),
             };
             // One that has stopped says so to those who wait.
             let _ = jobs.send(Box::new(task));
@@ -309,6 +319,7 @@ impl Sqlite {
             size,
             room,
             ring,
+            worker: workers::index(),
         };
         let Some(jobs) = &self.jobs else {
             return Err(self.shared.stopped());

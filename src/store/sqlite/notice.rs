@@ -15,6 +15,7 @@ use super::{JOB_BYTES, Sqlite};
 use crate::message::{SessionId, UnixMillis};
 use crate::store::sessions::NOTICED_WITHIN_MS;
 use crate::store::{Bells, Result};
+use crate::workers;
 
 /// How often to look; with what a look may take, it stays below [`NOTICED_WITHIN_MS`].
 const EVERY: Duration = Duration::from_millis(NOTICED_WITHIN_MS * 2 / 5);
@@ -106,6 +107,7 @@ impl Look {
             size: JOB_BYTES,
             room,
             ring: None,
+            worker: workers::index(),
         };
         self.jobs.upgrade()?.send(Box::new(task)).ok()?;
         answer.await.ok()?.ok()

@@ -42,6 +42,8 @@ pub trait Job: Send {
     fn claim(&self) -> bool;
     /// Does it, inside the transaction. After an error, what it did must be undone.
     fn run(&mut self, db: &Connection, now_ms: UnixMillis) -> Result<()>;
+    /// The worker that its caller waits at.
+    fn worker(&self) -> usize;
     /// Tells the caller how it went; `failure` if the transaction failed.
     fn answer(self: Box<Self>, failure: Option<Error>);
 }
@@ -69,6 +71,8 @@ pub struct Task<T> {
     pub room: OwnedSemaphorePermit,
     /// Whom to tell of it.
     pub ring: Option<Ring<T>>,
+    /// Where its caller waits.
+    pub worker: usize,
 }
 
 /// Whose bells ring after a job, and whether they do.
@@ -85,6 +89,10 @@ impl<T: Send> Job for Task<T> {
 
     fn claim(&self) -> bool {
         self.claim.take()
+    }
+
+    fn worker(&self) -> usize {
+        self.worker
     }
 
     fn run(&mut self, db: &Connection, now_ms: UnixMillis) -> Result<()> {
@@ -119,8 +127,8 @@ pub struct Writer {
     pub db: Connection,
     pub shared: Arc<Shared>,
     pub jobs: UnboundedReceiver<Box<dyn Job>>,
-    /// Where answers are given; by the writing thread itself if there is none.
-    pub runtime: Option<Handle>,
+    /// Where answers are given; by the writing thread itself if there are none.
+    pub workers: Vec<Handle>,
     /// When it last pruned; `None` if it did not, or left some.
     pub pruned_ms: Option<UnixMillis>,
 }
@@ -249,17 +257,22 @@ impl Writer {
         Ok(done.err())
     }
 
-    /// Answers the batch, in one task of the runtime: from this thread each answer would wake the
-    /// runtime by itself, and would go to its client in a packet of its own.
+    /// Answers the batch, in one task of each worker: from this thread each answer would wake its
+    /// worker by itself, and would go to its client in a packet of its own.
     fn answer(&self, batch: &mut Vec<Box<dyn Job>>, failure: Option<Error>) {
-        let answers = Answers {
-            jobs: std::mem::take(batch),
-            failure,
-        };
-        // A runtime that has ended drops the task, and so gives the answers all the same.
-        if let Some(runtime) = &self.runtime {
-            runtime.spawn(async move { drop(answers) });
+        let mut jobs = std::mem::take(batch);
+        for (index, worker) in self.workers.iter().enumerate() {
+            let is_of_worker = |job: &mut Box<dyn Job>| job.worker() == index;
+            let answers = Answers {
+                jobs: jobs.extract_if(.., is_of_worker).collect(),
+                failure: failure.clone(),
+            };
+            // A runtime that has ended drops the task, and so gives the answers all the same.
+            if !answers.jobs.is_empty() {
+                worker.spawn(async move { drop(answers) });
+            }
         }
+        drop(Answers { jobs, failure });
     }
 
     fn fill(&mut self, batch: &mut Vec<Box<dyn Job>>) {
