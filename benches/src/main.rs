@@ -188,11 +188,7 @@ fn run(cli: Cli) -> Result<()> {
     let on_all_threads = || Builder::new_multi_thread().enable_all().build();
     match cli.role {
         Some(Role::Provider) => return on_one_thread()?.block_on(provider::run()),
-        // As the server's by default.
-        Some(Role::Hello) if std::thread::available_parallelism()?.get() <= 2 => {
-            return on_one_thread()?.block_on(peers::hello());
-        }
-        Some(Role::Hello) => return on_all_threads()?.block_on(peers::hello()),
+        Some(Role::Hello) => return peers::hello(),
         // As tokio has it by default, and so a server of an afternoon.
         Some(Role::Naive) => return on_all_threads()?.block_on(peers::naive(&cli.redis)),
         None => {}

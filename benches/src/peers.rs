@@ -1,11 +1,18 @@
 //! The two servers that chat-memory is compared with: `hello`, which does nothing, so that it shows
 //! the limit of gRPC; and `naive`, which does what an afternoon's work would: a push and an EXPIRE
 //! in a script, LRANGE passed through. Each is a process of its own, with the same tonic and the same
-//! profile as the server. `hello` has the server's runtime, `naive` tokio's default.
+//! profile as the server. `hello` has the server's threads, `naive` tokio's default.
+
+use std::thread;
 
 use bytes::Bytes;
 use redis::{Script, aio::ConnectionManager};
-use tokio::net::TcpListener;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime::Builder,
+    sync::mpsc,
+};
+use tokio_stream::{StreamExt as _, wrappers::UnboundedReceiverStream};
 use tonic::{
     Request, Response, Status,
     service::Routes,
@@ -80,9 +87,33 @@ impl Naive for PushIt {
     }
 }
 
-/// Serves `hello` until the process is killed.
-pub async fn hello() -> Result<()> {
-    serve(Routes::new(HelloServer::new(SayIt))).await
+/// Serves `hello` until the process is killed, on threads like the server's: one a core, each with a
+/// runtime of its own, and connections in turns.
+pub fn hello() -> Result<()> {
+    let mut queues = Vec::new();
+    for _ in 0..thread::available_parallelism()?.get() {
+        let (queue, accepted) = mpsc::unbounded_channel();
+        queues.push(queue);
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let routes = Routes::new(HelloServer::new(SayIt));
+        let sockets = UnboundedReceiverStream::new(accepted).map(TcpStream::from_std);
+        thread::spawn(move || {
+            runtime.block_on(
+                Server::builder()
+                    .add_routes(routes)
+                    .serve_with_incoming(sockets),
+            )
+        });
+    }
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    crate::ready(&listener.local_addr()?.to_string());
+    for (number, stream) in listener.incoming().enumerate() {
+        let stream = stream?;
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(true)?;
+        queues[number % queues.len()].send(stream)?;
+    }
+    Ok(())
 }
 
 /// Serves `naive` until the process is killed.
@@ -96,14 +127,10 @@ pub async fn naive(redis: &str) -> Result<()> {
              return length",
         ),
     };
-    serve(Routes::new(NaiveServer::new(naive))).await
-}
-
-async fn serve(routes: Routes) -> Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     crate::ready(&listener.local_addr()?.to_string());
     Server::builder()
-        .add_routes(routes)
+        .add_service(NaiveServer::new(naive))
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)))
         .await?;
     Ok(())
