@@ -5,9 +5,10 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use redis::Value;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::connection::Failure;
@@ -139,22 +140,25 @@ async fn send(
     scripts: Arc<Scripts>,
     mut queue: mpsc::Receiver<Waiting>,
 ) {
-    let mut under_way = JoinSet::new();
+    let mut under_way = FuturesUnordered::new();
     loop {
-        // Nobody waited behind these.
-        while under_way.try_join_next().is_some() {}
-        while under_way.len() >= UNDER_WAY_MAX {
-            if let Some(Ok(false)) = under_way.join_next().await {
-                // It took its time to fail. Those that wait have waited as long: each tries by itself.
-                while queue.try_recv().is_ok() {}
+        let mut calls = Vec::new();
+        let may_send = under_way.len() < UNDER_WAY_MAX;
+        tokio::select! {
+            is_answered = under_way.next(), if !under_way.is_empty() => {
+                if is_answered == Some(false) && !may_send {
+                    // It took its time to fail. Those that wait have waited as long: each tries by
+                    // itself.
+                    while queue.try_recv().is_ok() {}
+                }
+            }
+            count = queue.recv_many(&mut calls, TOGETHER_MAX), if may_send => {
+                if count == 0 {
+                    return;
+                }
+                under_way.push(send_together(&connection, &scripts, calls));
             }
         }
-        let mut calls = Vec::with_capacity(TOGETHER_MAX);
-        if queue.recv_many(&mut calls, TOGETHER_MAX).await == 0 {
-            return;
-        }
-        let (connection, scripts) = (Arc::clone(&connection), Arc::clone(&scripts));
-        under_way.spawn(async move { send_together(&connection, &scripts, calls).await });
     }
 }
 

@@ -613,6 +613,12 @@ impl Node {
 
     /// A connection that is not known to be broken; or why there was none within the limit.
     async fn live(&self, limit: Duration) -> Result<Live, String> {
+        // As a rule there is one.
+        if let State::Connected(live) = &*self.state.borrow()
+            && !live.broken.is_cancelled()
+        {
+            return Ok(live.clone());
+        }
         let mut state = self.state.clone();
         let is_usable = |state: &State| match state {
             State::Connected(live) => !live.broken.is_cancelled(),
@@ -681,8 +687,9 @@ async fn supervise(target: Server, state: watch::Sender<State>, reachable: watch
             Ok(live) => {
                 tracing::info!(redis = target.describe(), "connected");
                 let since = Instant::now();
-                state.send_replace(State::Connected(live.clone()));
+                // In this order: whoever finds it connected finds it reachable.
                 reachable.send_replace(true);
+                state.send_replace(State::Connected(live.clone()));
                 let reason = watch_over(live, target.timeout).await;
                 tracing::warn!(redis = target.describe(), reason, "connection lost");
                 state.send_replace(State::Disconnected(reason));
