@@ -62,8 +62,12 @@ pub(super) fn read(answers: Vec<Value>, now_ms: UnixMillis) -> Found {
         Some(Value::BulkString(digits)) => std::str::from_utf8(digits).ok()?.parse::<i64>().ok(),
         _ => None,
     };
+    let epoch = match numbers.get(3) {
+        Some(Value::Nil) => Some(0),
+        _ => number(3),
+    };
     let (Value::BulkString(mark), Some(last), Some(base), Some(epoch)) =
-        (mark, number(0), number(1), number(3))
+        (mark, number(0), number(1), epoch)
     else {
         return Found::Unusual;
     };

@@ -65,7 +65,7 @@ local function reconcile()
     session.base = tonumber(facts[1] or '')
     session.last = tonumber(facts[2])
     session.mark = facts[3] or ''
-    session.epoch = tonumber(facts[4] or '')
+    session.epoch = tonumber(facts[4] or '0')
     had_expiry = tonumber(facts[5] or '')
     local has_gaps = true
     if session.had_gaps then
@@ -244,6 +244,8 @@ end
 
 -- The facts that each session has, in the order of `session.kept`.
 local FACTS = { 'base', 'last', 'mark', 'epoch', 'expires_at' }
+-- What those that may be absent are then.
+local ABSENT = { mark = '', epoch = 0, expires_at = '' }
 
 -- Writes the facts that have changed, and the expiry of all companion keys that has. HSET is the only
 -- command here that Redis refuses when it is out of memory, and it does so only if it is the script's
@@ -254,7 +256,7 @@ local function save(session)
   local is_lasting = kept[3] and kept[3] ~= '' and kept[5] == ''
   for index = 1, #FACTS do
     local value = session[FACTS[index]] or ''
-    if value ~= kept[index] then
+    if value ~= (kept[index] or ABSENT[FACTS[index]]) then
       changes[#changes + 1] = FACTS[index]
       changes[#changes + 1] = value
     end

@@ -18,9 +18,9 @@
 --               tail, which is 1 for the oldest and LLEN for the newest
 --   last        the last sequence given out, by a write or by a read
 --   mark        what the newest element that we know of is known by: an id that is in it, `cm_…`, or
---               else its fingerprint; '' if we know of none
---   epoch       how often the session was cleared, by us or by others
---   expires_at  when the list expires, in ms since 1970; '' if it does not
+--               else its fingerprint; '' or absent if we know of none
+--   epoch       how often the session was cleared, by us or by others; absent if it never was
+--   expires_at  when the list expires, in ms since 1970; '' or absent if it does not
 --
 -- and, absent unless there is something to say:
 --
