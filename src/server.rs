@@ -258,9 +258,12 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
     Ok(())
 }
 
-/// A connection that is not looked after by any runtime yet.
+/// A connection that no runtime looks after yet.
+type Unserved = Either<std::net::TcpStream, std::os::unix::net::UnixStream>;
+
+/// One that has a worker.
 struct Accepted {
-    stream: Either<std::net::TcpStream, std::os::unix::net::UnixStream>,
+    stream: Unserved,
     place: Place,
 }
 
@@ -277,9 +280,7 @@ impl Accepted {
 
 /// Gives each connection that comes in to a worker.
 async fn accept(
-    incoming: impl Stream<
-        Item = io::Result<Either<std::net::TcpStream, std::os::unix::net::UnixStream>>,
-    >,
+    incoming: impl Stream<Item = io::Result<Unserved>>,
     workers: Arc<Workers>,
     queues: Vec<mpsc::Sender<Accepted>>,
 ) {

@@ -27,10 +27,10 @@ const MARK_WITHIN: usize = 512;
 /// Appends in one call of the script, at most. Redis does nothing else meanwhile: half a millisecond
 /// if all are plain.
 const TOGETHER_MAX: usize = 32;
-/// Calls of the script that are under way at once, at most. With one, Redis would wait for this
+/// Calls of the script that are under way at once from a worker, at most. With one, Redis would wait for this
 /// server each time; with many, each would have few appends.
 const UNDER_WAY_MAX: usize = 2;
-/// Appends that wait to be sent, at most; others go by themselves.
+/// Appends of a worker that wait to be sent, at most; others go by themselves.
 const WAITING_MAX: usize = 1_024;
 /// Bytes and elements of an append that goes with others, at most. A larger one goes by itself, so
 /// that nobody waits for it.

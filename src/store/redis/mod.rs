@@ -138,7 +138,7 @@ pub enum InvalidSettings {
     Certificates { path: PathBuf, reason: String },
 }
 
-/// How one worker reaches Redis.
+/// How a worker reaches Redis.
 struct Lane {
     connection: Arc<Connection>,
     appends: Appends,
@@ -154,7 +154,7 @@ struct Lane {
 ///
 /// If Redis refuses writes (a full disk, a replica), reads still work as long as it answers them.
 pub struct Redis {
-    /// One for each worker.
+    /// One for each worker; a single one where writes wait for replicas.
     lanes: Vec<Lane>,
     scripts: Arc<Scripts>,
     index: Index,
@@ -173,8 +173,9 @@ impl Redis {
         Self::connect_for(settings, &[Handle::current()])
     }
 
-    /// Like [`connect`](Self::connect), for calls from these workers' runtimes, in the order of their
-    /// numbers. Each has connections of its own; what the store does by itself, the first one does.
+    /// Like [`connect`](Self::connect), for calls from these workers' runtimes, at least one, in the
+    /// order of their numbers. Each has connections of its own, unless writes wait for replicas; what
+    /// the store does by itself, the first one does.
     pub fn connect_for(
         settings: Settings,
         workers: &[Handle],
