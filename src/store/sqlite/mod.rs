@@ -4,7 +4,7 @@
 //! In reading order: [`open`] takes the file and brings it to this version (`schema.sql`, then
 //! `schema_2.sql` to `schema_4.sql`), [`tables`] holds the statements, [`turns`] those of turns,
 //! [`sessions`] those of sessions as a whole and [`fork`] those that copy one; [`writer`] is the one
-//! thread that writes, many writes to a commit, and [`notice`] looks for what it does not see; this
+//! thread that writes, many writes to a commit, into the [`log`], and [`notice`] looks for what it does not see; this
 //! file puts them together, and nearly all waiting is in it.
 
 use std::path::Path;
@@ -32,6 +32,7 @@ use writer::{Claim, Job, Ring, Task, Work, Writer};
 pub use open::OpenError;
 
 mod fork;
+mod log;
 mod notice;
 mod open;
 mod sessions;
@@ -58,7 +59,7 @@ pub struct Options {
     pub clock: Clock,
     /// How long a call may take, waiting included.
     pub call_time_max: Duration,
-    /// How large the file may grow, the log beside it (some MiB) not counted; as far as the disk
+    /// How large the file may grow, the log beside it (64 MiB) not counted; as far as the disk
     /// goes if `None`.
     pub size_bytes_max: Option<u64>,
     /// What the store does by itself with sessions.

@@ -9,6 +9,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior};
 
 use super::BUSY_MS_MAX;
 use super::fork::END_FORKS;
+use super::log;
 use super::turns::END_LEASES;
 
 /// Marks a file as chat-memory's, in SQLite's header: the letters `CMem`.
@@ -16,8 +17,8 @@ const APPLICATION_ID: i32 = i32::from_be_bytes(*b"CMem");
 
 /// Bytes of the log beside the file from which on it is emptied into the file. That takes two syncs
 /// and a write of each page that is in it, however often: with SQLite's own 4 MiB, busy sessions'
-/// last pages would be written every few commits.
-const LOG_BYTES: i64 = 16 << 20;
+/// last pages would be written every few commits, and all writes wait for that.
+const LOG_BYTES: i64 = 64 << 20;
 /// A page and what the log says of it. Files are made with SQLite's own size of a page.
 const LOG_FRAME_BYTES: i64 = 4096 + 24;
 
@@ -267,7 +268,7 @@ impl From<rusqlite::Error> for Failure {
 
 fn open_and_migrate(path: &Path, size_bytes_max: Option<u64>) -> Result<Connection, Failure> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let mut db = Connection::open_with_flags(path, flags)?;
+    let mut db = Connection::open_with_flags_and_vfs(path, flags, log::vfs()?)?;
     configure(&db)?;
 
     // Nothing is written before the file is known to be ours.
