@@ -218,6 +218,11 @@ pub fn answer_kept(bytes: usize) -> [Lasting; 2] {
 /// The methods of our service, by their paths. Empty until something counts.
 static METHODS: OnceLock<BTreeSet<String>> = OnceLock::new();
 
+/// Whether anything is counted.
+pub fn are_on() -> bool {
+    METHODS.get().is_some()
+}
+
 /// Measures a call of the server: all that goes in and comes out passes here.
 pub async fn measure<E>(
     path: String,

@@ -2,6 +2,7 @@
 //! its own and opens no ports but those it is given.
 
 use std::{
+    convert::Infallible,
     fs, io,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -164,12 +165,12 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
             // So that grpcurl shows the details of errors.
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
-    let routes = Routes::new(memory)
-        .add_service(health)
+    let others = Routes::new(health)
         .add_service(reflection().build_v1().map_err(io::Error::other)?)
         // Clients older than 2023, and some newer ones, ask for v1alpha only.
         .add_service(reflection().build_v1alpha().map_err(io::Error::other)?)
         .prepare();
+    let services = Services { memory, others };
 
     let stop_accepting = CancellationToken::new();
     let mut serving = JoinSet::new();
@@ -183,11 +184,11 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
             .layer(MapResponseLayer::new(error::complete))
             .max_concurrent_streams(parts.streams_max)
             .http2_keepalive_interval(Some(parts.keepalive))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-            .add_routes(routes.clone());
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT));
         let sockets = ReceiverStream::new(accepted).map(Accepted::open);
         let stop = stop_accepting.clone().cancelled_owned();
-        serving.spawn_on(server.serve_with_incoming_shutdown(sockets, stop), worker);
+        let serve = server.serve_with_incoming_shutdown(services.clone(), sockets, stop);
+        serving.spawn_on(serve, worker);
     }
     let workers = Arc::new(parts.workers);
     let mut accepting = JoinSet::new();
@@ -314,15 +315,47 @@ where
 {
     type Response = http::Response<Body>;
     type Error = S::Error;
-    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
+    type Future = Either<S::Future, BoxFuture<'static, Result<Self::Response, Self::Error>>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.0.poll_ready(context)
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if !metrics::are_on() {
+            return Either::Left(self.0.call(request));
+        }
         let path = request.uri().path().to_owned();
-        Box::pin(metrics::measure(path, self.0.call(request)))
+        Either::Right(Box::pin(metrics::measure(path, self.0.call(request))))
+    }
+}
+
+/// All services. Ours is called directly: tonic's router, which any number of services can be added to,
+/// makes a sixth of the memory allocations of a call.
+#[derive(Clone)]
+struct Services {
+    memory: ChatMemoryServer<Service>,
+    others: Routes,
+}
+
+impl tower::Service<http::Request<Body>> for Services {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Either<
+        <ChatMemoryServer<Service> as tower::Service<http::Request<Body>>>::Future,
+        <Routes as tower::Service<http::Request<Body>>>::Future,
+    >;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        tower::Service::<http::Request<Body>>::poll_ready(&mut self.others, context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let service = request.uri().path().split('/').nth(1);
+        match service == Some(ChatMemoryServer::<Service>::NAME) {
+            true => Either::Left(self.memory.call(request)),
+            false => Either::Right(self.others.call(request)),
+        }
     }
 }
 
