@@ -5,6 +5,7 @@
 mod harness;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -25,6 +26,7 @@ use chat_memory::store::{
 };
 use chat_memory::tokens::Tokenizer;
 use chat_memory::window::Purpose;
+use harness::failover::Load;
 use harness::proxy::{Mode, Proxy};
 use harness::redis::{Options, Redis};
 use harness::turns;
@@ -2840,6 +2842,42 @@ async fn a_redis_that_dies_is_unavailable_and_comes_back_by_itself() {
     assert_eq!(append(&store, &["b"]).await.first_sequence, 2);
     assert!(append(&store, &["a"]).await.repeated);
     assert_eq!(show(&read(&store).await), "1:a 2:b");
+}
+
+/// What is open after a call that held the appends of many callers is each one's own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn appends_that_go_together_are_stored_once_each_although_replies_and_redis_are_lost() {
+    let mut redis = Redis::start_with(Options {
+        durable: true,
+        ..Options::default()
+    })
+    .await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = Arc::new(store_at(proxy.redis_url()).await);
+    let sessions: Vec<String> = (0..48).map(|n| format!("s{n}")).collect();
+    let load = Load::start(&[Arc::clone(&store)], &sessions);
+    for round in 1..=4 {
+        let before = load.acknowledged();
+        load.progress_of_all(10).await;
+        let stats: String = redis.command(&["INFO", "commandstats"]).await;
+        let calls = stats.lines().find_map(|line| {
+            let calls = line.strip_prefix("cmdstat_evalsha:calls=")?;
+            calls.split(',').next()?.parse::<u64>().ok()
+        });
+        let appended = load.acknowledged() - before;
+        assert!(calls.unwrap() * 2 < appended, "few go together: {stats}");
+        proxy.lose_reply_to(b"EVALSHA");
+        harness::wait::until("a reply is lost", async || {
+            (proxy.lost() == round).then_some(())
+        })
+        .await;
+        redis.kill();
+        redis.restart().await;
+    }
+    load.progress_of_all(10).await;
+    let (count, missing) = load.check(&store).await;
+    assert!(count >= 5 * 10 * sessions.len());
+    assert_eq!(missing, 0);
 }
 
 #[tokio::test]

@@ -98,7 +98,10 @@ impl Load {
             missing += client.acknowledged.iter().filter(is_missing).count();
             count += client.acknowledged.len();
             unknown += client.unknown;
-            let number = |text: &String| text.parse::<u64>().expect("a number");
+            let number = |text: &String| {
+                let (number, _) = text.split_once(' ').expect("a number first");
+                number.parse::<u64>().expect("a number")
+            };
             assert!(stored.is_sorted_by_key(number), "stored in another order");
         }
         println!("{count} acknowledged, {unknown} calls without an outcome, {missing} lost");
@@ -122,7 +125,8 @@ async fn append_until(
         if stop.load(Ordering::Relaxed) {
             break;
         }
-        let text = number.to_string();
+        // With an id as the server makes them, as the elements of most appends have it.
+        let text = format!(r#"{number} "id": "cm_{number:014}""#);
         let append = Append {
             elements: vec![text.clone().into()],
             request: request(&format!("{name}/{number}"), &text),
