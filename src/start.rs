@@ -110,22 +110,14 @@ pub fn tool(work: impl Future<Output = ExitCode>) -> ExitCode {
 fn run(config: &Config) -> Result<(), Failure> {
     // The filter was checked with the other settings.
     telemetry::start(config.log_format, &config.log).ok();
+    // As many as this process may use, by its cgroup, too.
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let has_writer = matches!(config.store, StoreConfig::Embedded { .. });
-    let workers = workers(config.workers, cores, has_writer);
+    let workers = Some(config.workers).filter(|asked| *asked > 0);
+    let workers = workers.unwrap_or(cores);
     let runtime = workers::runtime()?;
     let outcome = runtime.block_on(run_until_signal(config, workers));
     runtime.shutdown_timeout(RUNTIME_LIMIT);
     outcome
-}
-
-/// How many threads serve calls. `cores`: as many as this process may use, by its cgroup, too. The
-/// thread that writes to the embedded file has one of them.
-fn workers(asked: usize, cores: usize, has_writer: bool) -> usize {
-    match asked {
-        0 => cores.saturating_sub(usize::from(has_writer)).max(1),
-        asked => asked,
-    }
 }
 
 async fn run_until_signal(config: &Config, workers: usize) -> Result<(), Failure> {
@@ -325,16 +317,4 @@ fn announce(
          Stop it with Ctrl-C.\n"
     )?;
     out.flush()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_thread_a_core_serves_calls_but_one_core_is_the_writing_threads() {
-        let on = |cores| (workers(0, cores, false), workers(0, cores, true));
-        assert_eq!([1, 2, 3, 8].map(on), [(1, 1), (2, 1), (3, 2), (8, 7)]);
-        assert_eq!([1, 2, 5].map(|asked| workers(asked, 2, true)), [1, 2, 5]);
-    }
 }
