@@ -2,6 +2,9 @@
 //! (`scripts/append_plain.lua`, `newest.rs`), and must come to the same as the whole scripts:
 //! random calls and acts of others on two sessions of one Redis, by a store that takes the short way
 //! and by one that never does. Answers and keys must be alike.
+//!
+//! So must those of `scripts/turn_keep.lua`, which stands alone for speed, and of the functions of
+//! `scripts/turns.lua` that it repeats: random records of turns in two keys.
 
 mod harness;
 
@@ -273,4 +276,163 @@ fn the_short_way_comes_to_the_same_as_the_whole_script() {
         "the short way asks for no time"
     );
     assert!(of("exec") > 100, "only the short way has transactions");
+}
+
+/// What `turn_keep.lua` does, by the functions of `turns.lua`.
+const KEEP: &str = "
+    local values, refusal = fields(ARGV[1])
+    if not values then
+      return refusal
+    end
+    local now = clock()
+    local record = known(values[1], now)
+    if not record then
+      return { 'cleared' }
+    end
+    if record.token ~= ARGV[2] or record.state ~= 'running' then
+      return { 'lease lost' }
+    end
+    record.reserved = math.max(record.reserved, ARGV[6] + ARGV[5])
+    lease_to(record, ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), now)
+    local is_due = now - (record.indexed_ms or 0) >= ARGV[3] / 2
+    if is_due then
+      record.indexed_ms = now
+    end
+    local others = {}
+    add_chunk(ARGV[1], record, ARGV[7], ARGV[8], others)
+    write(ARGV[1], record, others, now)
+    local followed = record.followed_ms and now - record.followed_ms or ''
+    return { 'kept', record.stop, followed, is_due and 1 or 0 }";
+
+/// Makes a record, of which those times are told from now on, in both keys; has it kept both ways; and
+/// tells what came of each. In one script, so that hardly any time goes by; times to 100 ms.
+const BOTH: &str = "
+    local function near(ms)
+      return math.floor((ms + 50) / 100)
+    end
+    local time = redis.call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    local record = cjson.decode(ARGV[1])
+    for name, value in pairs(record) do
+      record[name] = string.sub(name, -3) == '_ms' and now + value or value
+    end
+    local told = {}
+    for index, keep in ipairs({ alone, by_all }) do
+      local key = KEYS[index]
+      redis.call('HSET', key, 'turn', cmsgpack.pack(record))
+      if ARGV[2] ~= '' then
+        redis.call('PEXPIRE', key, ARGV[2])
+      end
+      local reply = keep({ key, 'session', '', '', key }, { unpack(ARGV, 3) })
+      local kept = cmsgpack.unpack(redis.call('HGET', key, 'turn'))
+      local names = {}
+      for name, value in pairs(kept) do
+        kept[name] = string.sub(name, -3) == '_ms' and near(value - now) or value
+        names[#names + 1] = name
+      end
+      table.sort(names)
+      reply[3] = type(reply[3]) == 'number' and near(reply[3]) or reply[3]
+      told[index] = { reply, near(redis.call('PTTL', key)), redis.call('HLEN', key) - 1,
+        redis.call('HGET', key, 'turnchunk:3') or '' }
+      for _, name in ipairs(names) do
+        table.insert(told[index], name)
+        table.insert(told[index], kept[name])
+      end
+    end
+    return told";
+
+/// A record, how long its key lives, and the arguments of the script.
+fn kept_turn() -> impl Strategy<Value = (serde_json::Value, Option<i64>, Vec<String>)> {
+    let record = (
+        prop::sample::select(vec!["mine", "mine", "mine", "another"]),
+        prop::sample::select(vec!["running", "running", "running", "completed", "failed"]),
+        prop::sample::select(vec!["", "keep", "discard"]),
+        prop::sample::select(vec![-1_000, 7_000, 70_000, 700_000]),
+        prop::option::of(prop::sample::select(vec![-3_000, -300, 0])),
+        prop::option::of(prop::sample::select(vec![-90_000, -8_000, 0])),
+        prop::option::of(prop::sample::select(vec![-5_000, 5_000, 5_000_000])),
+        0..200_i64,
+    )
+        .prop_map(
+            |(token, state, stop, forget, followed, indexed, until, reserved)| {
+                let mut record = serde_json::json!({
+                    "token": token, "state": state, "stop": stop, "forget_ms": forget,
+                    "expires_ms": 0, "reserved": reserved, "first_chunk": 1, "next_chunk": 3,
+                });
+                for (name, value) in [
+                    ("followed_ms", followed),
+                    ("indexed_ms", indexed),
+                    ("list_until_ms", until),
+                ] {
+                    if let Some(value) = value {
+                        record[name] = value.into();
+                    }
+                }
+                record
+            },
+        );
+    let life = prop::option::of(prop::sample::select(vec![900, 90_000, 9_000_000]));
+    let arguments = (
+        prop::sample::select(vec![2_000, 20_000]),
+        prop::sample::select(vec![0, 40_000, 8_000_000]),
+        0..100_i64,
+        0..200_i64,
+        prop::sample::select(vec!["", "2", "3", "4"]),
+    )
+        .prop_map(|(lease, retention, reserve, last, index)| {
+            let numbers = [lease, retention, reserve, last].map(|number| number.to_string());
+            let mut arguments = vec!["turn".to_owned(), "mine".to_owned()];
+            arguments.extend(numbers);
+            arguments.extend([index.to_owned(), "bytes".to_owned()]);
+            arguments
+        });
+    (record, life, arguments)
+}
+
+#[test]
+fn the_script_that_keeps_a_turn_comes_to_the_same_as_the_functions_of_all() {
+    let both = redis::Script::new(&format!(
+        "local LINGER_MS, PLACE_MS, WAITING_MAX, FOLLOWED_EVERY_MS = 3600000, 0, 0, 0\n\
+         local function alone(KEYS, ARGV)\n{}\nend\n\
+         local function by_all(KEYS, ARGV)\n{}{}{}{KEEP}\nend\n{BOTH}",
+        include_str!("../src/store/redis/scripts/turn_keep.lua"),
+        include_str!("../src/store/redis/scripts/keys.lua"),
+        include_str!("../src/store/redis/scripts/base.lua"),
+        include_str!("../src/store/redis/scripts/turns.lua"),
+    ));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (redis, client) = runtime.block_on(async {
+        let redis = Redis::start().await;
+        let client = redis.client().await.unwrap();
+        (redis, client)
+    });
+    let config = Config {
+        cases: 10 * CASES,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let kept = std::cell::Cell::new(0);
+    let outcome = TestRunner::new(config).run(&kept_turn(), |(record, life, arguments)| {
+        let mut client = client.clone();
+        let told: [redis::Value; 2] = runtime.block_on(async {
+            let _: redis::Value = redis.command(&["FLUSHALL"]).await;
+            let life = life.map_or(String::new(), |life: i64| life.to_string());
+            let mut call = both.key("alone");
+            call.key("by_all").arg(record.to_string()).arg(life);
+            let told: (redis::Value, redis::Value) = call
+                .arg(&arguments)
+                .invoke_async(&mut client)
+                .await
+                .unwrap();
+            told.into()
+        });
+        kept.set(kept.get() + i32::from(format!("{told:?}").contains("kept")));
+        prop_assert_eq!(&told[0], &told[1]);
+        Ok(())
+    });
+    if let Err(failure) = outcome {
+        panic!("{failure}");
+    }
+    // Otherwise this would show little.
+    assert!(kept.get() > 2 * CASES as i32, "{} are kept", kept.get());
 }
