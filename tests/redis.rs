@@ -2298,29 +2298,6 @@ async fn a_walk_finds_each_session_once_also_where_many_were_written_in_one_mill
     }
 }
 
-/// How often each command was run, ours and those of scripts.
-async fn command_counts(redis: &Redis) -> BTreeMap<String, i64> {
-    let stats: String = redis.command(&["INFO", "commandstats"]).await;
-    let count = |line: &str| {
-        let (name, rest) = line.strip_prefix("cmdstat_")?.split_once(":calls=")?;
-        let calls = rest.split(',').next()?.parse().ok()?;
-        Some((name.to_owned(), calls))
-    };
-    let mut counts: BTreeMap<String, i64> = stats.lines().filter_map(count).collect();
-    // Of connections, and of this count.
-    for name in [
-        "ping",
-        "info",
-        "hello",
-        "select",
-        "client|setinfo",
-        "client",
-    ] {
-        counts.remove(name);
-    }
-    counts
-}
-
 #[tokio::test]
 async fn a_page_of_a_list_costs_what_is_on_it_however_many_sessions_there_are() {
     let mut costs = Vec::new();
@@ -2337,10 +2314,10 @@ async fn a_page_of_a_list_costs_what_is_on_it_however_many_sessions_there_are() 
         // The first looks take note of what others have made, and load the script.
         store.list_sessions(second.clone()).await.unwrap();
         for list in [listing(50), second] {
-            let before = command_counts(&redis).await;
+            let before = redis.command_counts().await;
             let page = store.list_sessions(list.clone()).await.unwrap();
             assert_eq!(page.sessions.len(), list.limit);
-            let after = command_counts(&redis).await;
+            let after = redis.command_counts().await;
             let cost: BTreeMap<String, i64> = after
                 .into_iter()
                 .map(|(name, calls)| (name.clone(), calls - before.get(&name).unwrap_or(&0)))
@@ -2471,13 +2448,13 @@ async fn ten_thousand_idle_bells_share_a_connection_and_few_commands() {
     // Three looks at each session take three hundred scripts, and next to nothing else.
     let looks = 3 * BELLS as i64 / 100;
     let of_server = |counts: &BTreeMap<String, i64>, name: &str| *counts.get(name).unwrap_or(&0);
-    let start = command_counts(&redis).await;
+    let start = redis.command_counts().await;
     eventually("each is looked at three times", async || {
-        let now = command_counts(&redis).await;
+        let now = redis.command_counts().await;
         of_server(&now, "evalsha") - of_server(&start, "evalsha") >= looks
     })
     .await;
-    let now = command_counts(&redis).await;
+    let now = redis.command_counts().await;
     let scripts = of_server(&now, "evalsha") - of_server(&start, "evalsha");
     assert!(scripts <= 2 * looks, "{scripts}");
     for name in ["subscribe", "unsubscribe", "publish", "scan"] {
@@ -2859,13 +2836,9 @@ async fn appends_that_go_together_are_stored_once_each_although_replies_and_redi
     for round in 1..=4 {
         let before = load.acknowledged();
         load.progress_of_all(10).await;
-        let stats: String = redis.command(&["INFO", "commandstats"]).await;
-        let calls = stats.lines().find_map(|line| {
-            let calls = line.strip_prefix("cmdstat_evalsha:calls=")?;
-            calls.split(',').next()?.parse::<u64>().ok()
-        });
+        let calls = redis.command_counts().await["evalsha"] as u64;
         let appended = load.acknowledged() - before;
-        assert!(calls.unwrap() * 2 < appended, "few go together: {stats}");
+        assert!(calls * 2 < appended, "{calls} calls for {appended} appends");
         proxy.lose_reply_to(b"EVALSHA");
         harness::wait::until("a reply is lost", async || {
             (proxy.lost() == round).then_some(())

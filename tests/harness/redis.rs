@@ -1,6 +1,7 @@
 //! A real `redis-server` for a test: its own process, directory and port. Without the program, the
 //! tests fail and say so.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -158,6 +159,29 @@ impl Redis {
             command.arg(word);
         }
         command.query_async(&mut self.client().await?).await
+    }
+
+    /// How often each command was run, ours and those of scripts.
+    pub async fn command_counts(&self) -> BTreeMap<String, i64> {
+        let stats: String = self.command(&["INFO", "commandstats"]).await;
+        let count = |line: &str| {
+            let (name, rest) = line.strip_prefix("cmdstat_")?.split_once(":calls=")?;
+            let calls = rest.split(',').next()?.parse().ok()?;
+            Some((name.to_owned(), calls))
+        };
+        let mut counts: BTreeMap<String, i64> = stats.lines().filter_map(count).collect();
+        // Of connections, and of this count.
+        for name in [
+            "ping",
+            "info",
+            "hello",
+            "select",
+            "client|setinfo",
+            "client",
+        ] {
+            counts.remove(name);
+        }
+        counts
     }
 
     /// Another client's connection.
