@@ -31,7 +31,10 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tower::{layer::layer_fn, util::MapResponseLayer};
+use tower::{
+    layer::layer_fn,
+    util::{MapResponseLayer, option_layer},
+};
 
 use crate::{
     config::Listen,
@@ -180,7 +183,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
         queues.push(queue);
         let server = Server::builder()
             .layer(telemetry::call_log())
-            .layer(layer_fn(Measured))
+            .layer(option_layer(metrics::are_on().then(|| layer_fn(Measured))))
             .layer(MapResponseLayer::new(error::complete))
             .max_concurrent_streams(parts.streams_max)
             .http2_keepalive_interval(Some(parts.keepalive))
@@ -315,18 +318,15 @@ where
 {
     type Response = http::Response<Body>;
     type Error = S::Error;
-    type Future = Either<S::Future, BoxFuture<'static, Result<Self::Response, Self::Error>>>;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.0.poll_ready(context)
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        if !metrics::are_on() {
-            return Either::Left(self.0.call(request));
-        }
         let path = request.uri().path().to_owned();
-        Either::Right(Box::pin(metrics::measure(path, self.0.call(request))))
+        Box::pin(metrics::measure(path, self.0.call(request)))
     }
 }
 

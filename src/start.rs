@@ -112,8 +112,10 @@ fn run(config: &Config) -> Result<(), Failure> {
     telemetry::start(config.log_format, &config.log).ok();
     // As many as this process may use, by its cgroup, too.
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let workers = Some(config.workers).filter(|asked| *asked > 0);
-    let workers = workers.unwrap_or(cores);
+    let workers = match config.workers {
+        0 => cores,
+        asked => asked,
+    };
     let runtime = workers::runtime()?;
     let outcome = runtime.block_on(run_until_signal(config, workers));
     runtime.shutdown_timeout(RUNTIME_LIMIT);
