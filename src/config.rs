@@ -393,7 +393,7 @@ pub struct Serve {
     #[arg(help_heading = "Limits")]
     max_requests: Given<usize>,
 
-    /// Threads that serve calls (0 to 1024): 0 for one a core. Connections of clients are spread over
+    /// Threads that serve calls (0 to 1024): 0 for one more than cores. Connections of clients are spread over
     /// them; each has its own to Redis
     #[arg(
         long,
@@ -630,7 +630,7 @@ pub struct Config {
     pub adopt_turns: bool,
     pub turns_max: usize,
     pub requests_max: usize,
-    /// Threads that serve calls; 0 for one a core.
+    /// Threads that serve calls; 0 for one more than cores.
     pub workers: usize,
     pub watchers_max: usize,
     pub streams_max: u32,

@@ -110,10 +110,14 @@ pub fn tool(work: impl Future<Output = ExitCode>) -> ExitCode {
 fn run(config: &Config) -> Result<(), Failure> {
     // The filter was checked with the other settings.
     telemetry::start(config.log_format, &config.log).ok();
+    if let Err(error) = workers::take_turns() {
+        // A sandbox may forbid it: all works without.
+        tracing::debug!(%error, "the scheduling policy stays as it is");
+    }
     // As many as this process may use, by its cgroup, too.
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let workers = match config.workers {
-        0 => cores,
+        0 => workers::count_for(cores),
         asked => asked,
     };
     let runtime = workers::runtime()?;

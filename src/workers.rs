@@ -26,6 +26,36 @@ pub fn index() -> usize {
     INDEX.get()
 }
 
+/// How many workers are worth having on so many cores: one more, so that there is one to run while
+/// another waits for the core that it ran on before.
+pub fn count_for(cores: usize) -> usize {
+    cores + 1
+}
+
+/// Asks the kernel for throughput, for this thread and those that it starts: who is woken waits for a
+/// turn on its core, in place of taking it at once from a client or from Redis, which would have gone on
+/// to the next call (`docs/benchmarks.md`). A policy that was chosen for the process stays as it is.
+pub fn take_turns() -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        let (mut policy, mut parameters) = (0, libc::sched_param { sched_priority: 0 });
+        // SAFETY: both are given what they ask for, and keep nothing of it.
+        let code = unsafe {
+            let this = libc::pthread_self();
+            match libc::pthread_getschedparam(this, &mut policy, &mut parameters) {
+                0 if policy == libc::SCHED_OTHER => {
+                    libc::pthread_setschedparam(this, libc::SCHED_BATCH, &parameters)
+                }
+                code => code,
+            }
+        };
+        if code != 0 {
+            return Err(io::Error::from_raw_os_error(code));
+        }
+    }
+    Ok(())
+}
+
 /// A runtime of one thread.
 pub fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()

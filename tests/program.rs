@@ -434,6 +434,48 @@ async fn a_server_of_one_thread_serves_and_drains() {
     assert!(program.wait().success());
 }
 
+/// The scheduling policies of all threads, and how many threads there are.
+#[cfg(target_os = "linux")]
+fn policies(program: &Program) -> (Vec<String>, usize) {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", program.id())).unwrap();
+    let policy = |thread: std::fs::DirEntry| {
+        let counts = std::fs::read_to_string(thread.path().join("stat")).unwrap();
+        // The name of the thread, in brackets, may hold anything.
+        let (_, fields) = counts.rsplit_once(") ").unwrap();
+        fields.split(' ').nth(38).unwrap().to_owned()
+    };
+    let mut policies: Vec<_> = threads.map(|thread| policy(thread.unwrap())).collect();
+    let count = policies.len();
+    policies.sort();
+    policies.dedup();
+    (policies, count)
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn threads_take_turns_with_others_unless_a_policy_was_chosen_for_them() {
+    const SCHED_BATCH: &str = "3";
+    const SCHED_IDLE: &str = "5";
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("x.db");
+    let program = Program::embedded(&database);
+    let mut client = connect(&program).await;
+    tell(&mut client, chat("s", "hi")).await;
+    let (found, count) = policies(&program);
+    assert_eq!(found, [SCHED_BATCH]);
+    // A worker for each core and one more, and the thread that writes the file.
+    let cores = std::thread::available_parallelism().unwrap().get();
+    assert!(count >= cores + 2, "{count} threads on {cores} cores");
+    program.crash();
+
+    let mut command = std::process::Command::new("chrt");
+    command.args(["--idle", "0", env!("CARGO_BIN_EXE_chat-memory")]);
+    command.args(["--listen", "127.0.0.1:0", "--database"]);
+    command.arg(&database);
+    let program = Program::start_as(command);
+    assert_eq!(policies(&program).0, [SCHED_IDLE]);
+}
+
 #[tokio::test]
 async fn sigterm_drains_and_a_second_signal_ends_it_at_once() {
     let directory = tempfile::tempdir().unwrap();

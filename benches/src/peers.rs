@@ -87,11 +87,12 @@ impl Naive for PushIt {
     }
 }
 
-/// Serves `hello` until the process is killed, on threads like the server's: one a core, each with a
-/// runtime of its own, and connections in turns.
+/// Serves `hello` until the process is killed, on threads like the server's: one more than cores, with the
+/// same scheduling policy, each with a runtime of its own, and connections in turns.
 pub fn hello() -> Result<()> {
+    take_turns()?;
     let mut queues = Vec::new();
-    for _ in 0..thread::available_parallelism()?.get() {
+    for _ in 0..=thread::available_parallelism()?.get() {
         let (queue, accepted) = mpsc::unbounded_channel();
         queues.push(queue);
         let runtime = Builder::new_current_thread().enable_all().build()?;
@@ -112,6 +113,22 @@ pub fn hello() -> Result<()> {
         stream.set_nodelay(true)?;
         stream.set_nonblocking(true)?;
         queues[number % queues.len()].send(stream)?;
+    }
+    Ok(())
+}
+
+/// The scheduling policy of the server's threads.
+fn take_turns() -> Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        let parameters = libc::sched_param { sched_priority: 0 };
+        // SAFETY: it keeps nothing of what it is given.
+        let code = unsafe {
+            libc::pthread_setschedparam(libc::pthread_self(), libc::SCHED_BATCH, &parameters)
+        };
+        if code != 0 {
+            return Err(std::io::Error::from_raw_os_error(code).into());
+        }
     }
     Ok(())
 }

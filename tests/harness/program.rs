@@ -50,7 +50,12 @@ impl Program {
 
     /// A server with these arguments. Fails if it does not get ready.
     pub fn start(args: &[&str]) -> Self {
-        let mut child = command(args)
+        Self::start_as(command(args))
+    }
+
+    /// The server that this command starts. Fails if it does not get ready.
+    pub fn start_as(mut command: Command) -> Self {
+        let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -100,6 +105,10 @@ impl Program {
             addresses,
             banner,
         }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn signal(&self, name: &str) {
