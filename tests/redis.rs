@@ -935,6 +935,36 @@ async fn appends_that_come_at_once_go_together_and_each_comes_to_its_own() {
 }
 
 #[tokio::test]
+async fn while_appends_are_under_way_as_many_wait_for_each_other() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = Arc::new(store_at(proxy.redis_url()).await);
+    // Redis has the script then.
+    append(&store, &["a"]).await;
+    let calls = async || redis.command_counts().await["evalsha"];
+    let before = calls().await;
+
+    proxy.set(Mode::Delay(Duration::from_millis(200)));
+    let mut appends = Vec::new();
+    for n in 0..40 {
+        let store = Arc::clone(&store);
+        appends.push(tokio::spawn(async move {
+            let id = SessionId::parse(format!("s{n}")).unwrap();
+            store.append(&id, appending(&["b"])).await
+        }));
+        // It, and the task that sends, have this one thread, too.
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+    }
+    for append in appends {
+        append.await.unwrap().unwrap();
+    }
+    // 1, 1, 2, 4, 8 and 16; then what is left, once one of these is answered.
+    assert_eq!(calls().await - before, 7);
+}
+
+#[tokio::test]
 async fn others_elements_that_differ_only_in_their_text_are_not_taken_for_those_that_went() {
     let element = |text: &str| {
         format!(

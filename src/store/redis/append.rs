@@ -1,6 +1,6 @@
 //! Appends: what `scripts/append.lua` is given, and what it says. Those of many callers that come at
 //! the same time go to Redis together, in one call of the script: it costs Redis less to begin one,
-//! and this server to be answered once. Nobody waits for others to come.
+//! and this server to be answered once. Nobody waits where nothing is under way.
 
 use std::sync::Arc;
 
@@ -27,9 +27,12 @@ const MARK_WITHIN: usize = 512;
 /// Appends in one call of the script, at most. Redis does nothing else meanwhile: half a millisecond
 /// if all are plain.
 const TOGETHER_MAX: usize = 32;
-/// Calls of the script that are under way at once from a worker, at most. With one, Redis would wait for this
-/// server each time; with many, each would have few appends.
-const UNDER_WAY_MAX: usize = 2;
+/// Appends that are worth a call of their own while others are under way. Fewer wait until there are as
+/// many as are under way, so that where Redis is near a few large calls go, and where it is far away
+/// nobody waits long for those before.
+const ENOUGH: usize = 16;
+/// Calls of the script that are under way at once from a worker, at most.
+const UNDER_WAY_MAX: usize = 8;
 /// Appends of a worker that wait to be sent, at most; others go by themselves.
 const WAITING_MAX: usize = 1_024;
 /// Bytes and elements of an append that goes with others, at most. A larger one goes by itself, so
@@ -140,24 +143,39 @@ async fn send(
     scripts: Arc<Scripts>,
     mut queue: mpsc::Receiver<Waiting>,
 ) {
+    let (connection, scripts) = (&*connection, &*scripts);
+    let mut waiting = Vec::new();
     let mut under_way = FuturesUnordered::new();
+    // Appends in the calls that are under way.
+    let mut sent = 0;
     loop {
-        let mut calls = Vec::new();
-        let may_send = under_way.len() < UNDER_WAY_MAX;
+        let room = TOGETHER_MAX - waiting.len();
         tokio::select! {
-            is_answered = under_way.next(), if !under_way.is_empty() => {
-                if is_answered == Some(false) && !may_send {
+            Some(came_to) = under_way.next() => {
+                let (count, are_answered): (usize, bool) = came_to;
+                sent -= count;
+                if !are_answered {
                     // It took its time to fail. Those that wait have waited as long: each tries by
                     // itself.
+                    waiting.clear();
                     while queue.try_recv().is_ok() {}
                 }
             }
-            count = queue.recv_many(&mut calls, TOGETHER_MAX), if may_send => {
+            count = queue.recv_many(&mut waiting, room), if room > 0 => {
                 if count == 0 {
                     return;
                 }
-                under_way.push(send_together(&connection, &scripts, calls));
             }
+        }
+        let are_enough = !waiting.is_empty() && waiting.len() >= sent.min(ENOUGH);
+        if are_enough && under_way.len() < UNDER_WAY_MAX {
+            let calls = std::mem::take(&mut waiting);
+            let count = calls.len();
+            sent += count;
+            under_way.push(async move {
+                let are_answered = send_together(connection, scripts, calls).await;
+                (count, are_answered)
+            });
         }
     }
 }
