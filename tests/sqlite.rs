@@ -5,11 +5,12 @@ mod harness;
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Wake, Waker};
 use std::thread::ThreadId;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chat_memory::store::sessions::{
     FORK_STEP, Fork, Forked, ListRecent, Look, NOTICED_WITHIN_MS, Seen, Update, Upkeep,
@@ -21,10 +22,12 @@ use chat_memory::store::{
     TurnStore,
 };
 use futures_util::future::{FutureExt as _, join_all};
+use harness::program::{Program, command};
 use harness::stores::{
     all, batch, fill, fresh_session, read_all, request, sequences, session, texts,
 };
 use harness::turns::{LONG_MS, begin, end, follow, keep, lease, leased, take};
+use harness::wait::LIMIT;
 use rusqlite::Connection;
 use tempfile::TempDir;
 
@@ -354,6 +357,88 @@ async fn a_file_of_version_3_keeps_what_there_is() {
     let tables = "SELECT count(*) FROM sqlite_schema WHERE name = 'messages_3'";
     assert_eq!(numbers(&path, tables), 0);
     assert_eq!(numbers(&path, "PRAGMA user_version"), 4);
+}
+
+/// A file of version 3 with this many messages of 300 bytes, in 200 sessions.
+fn large_older_file(path: &Path, messages: i64) {
+    let db = older_file(path, 3);
+    db.execute_batch(&format!(
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200)
+         INSERT INTO sessions (key, last_sequence) SELECT 's' || i, {messages} / 200 FROM n;
+         WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < {messages})
+         INSERT INTO messages SELECT i % 200 + 1, i / 200 + 1, CAST(hex(zeroblob(150)) AS BLOB)
+         FROM n;"
+    ))
+    .unwrap();
+}
+
+/// The version of a file that nobody has open, and how many messages are in it, all of them whole.
+fn version_and_messages(path: &Path) -> (i64, i64) {
+    let db = Connection::open(path).unwrap();
+    let check: String = db
+        .query_row("PRAGMA integrity_check", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(check, "ok");
+    let number = |sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+    (
+        number("PRAGMA user_version"),
+        number("SELECT count(*) FROM messages WHERE length(element) = 300"),
+    )
+}
+
+#[test]
+fn a_migration_that_was_killed_is_made_by_the_next_start() {
+    const MESSAGES: i64 = 40_000;
+    let (_directory, path) = place();
+    large_older_file(&path, MESSAGES);
+    let log = path.with_extension("db-wal");
+    let mut killed = 0;
+    // More and more of it is in the log when it is killed.
+    for log_bytes in [1 << 10, 1 << 20, 6 << 20] {
+        let mut server = command(["--listen", "127.0.0.1:0", "--database"])
+            .arg(&path)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + LIMIT;
+        while std::fs::metadata(&log).map_or(0, |log| log.len()) < log_bytes {
+            assert!(Instant::now() < deadline, "nothing is written");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        server.kill().unwrap();
+        server.wait().unwrap();
+        let (version, messages) = version_and_messages(&path);
+        assert_eq!(messages, MESSAGES);
+        killed += i32::from(version == 3);
+    }
+    assert!(killed > 0, "it was too quick each time");
+
+    drop(Program::embedded(&path));
+    assert_eq!(version_and_messages(&path), (4, MESSAGES));
+}
+
+#[tokio::test]
+async fn a_migration_that_finds_no_room_says_so_and_leaves_the_file_as_it_is() {
+    const MESSAGES: i64 = 10_000;
+    let (_directory, path) = place();
+    large_older_file(&path, MESSAGES);
+    let options = Options {
+        size_bytes_max: Some(5 << 20),
+        ..Options::default()
+    };
+    let refusal = Sqlite::open_with(&path, "", options).err().unwrap();
+    let text = refusal.to_string();
+    assert!(
+        text.contains("chat-memory.db") && text.contains("full"),
+        "{text}"
+    );
+    assert_eq!(version_and_messages(&path), (3, MESSAGES));
+
+    let store = open(&path);
+    let read = read_all(&store, &session("s200")).await;
+    assert_eq!(read.elements.len() as i64, MESSAGES / 200);
+    drop(store);
+    assert_eq!(version_and_messages(&path), (4, MESSAGES));
 }
 
 /// An older server may have it: nobody brings it to this version meanwhile.
