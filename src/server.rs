@@ -7,7 +7,7 @@ use std::{
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     pin::pin,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -161,18 +161,7 @@ pub async fn run(parts: Parts, shutdown: CancellationToken) -> io::Result<()> {
     let memory = ChatMemoryServer::new(service.clone())
         .max_decoding_message_size(REQUEST_BYTES_MAX)
         .max_encoding_message_size(usize::MAX);
-    let reflection = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            // So that grpcurl shows the details of errors.
-            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
-    };
-    let others = Routes::new(health)
-        .add_service(reflection().build_v1().map_err(io::Error::other)?)
-        // Clients older than 2023, and some newer ones, ask for v1alpha only.
-        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?)
-        .prepare();
+    let others = Routes::new(health).prepare();
     let services = Services { memory, others };
 
     let stop_accepting = CancellationToken::new();
@@ -351,13 +340,37 @@ impl tower::Service<http::Request<Body>> for Services {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let service = request.uri().path().split('/').nth(1);
-        match service == Some(ChatMemoryServer::<Service>::NAME) {
-            true => Either::Left(self.memory.call(request)),
-            false => Either::Right(self.others.call(request)),
+        let service = request.uri().path().split('/').nth(1).unwrap_or_default();
+        if service == ChatMemoryServer::<Service>::NAME {
+            Either::Left(self.memory.call(request))
+        } else if service.starts_with(REFLECTION_PREFIX) {
+            Either::Right(REFLECTION.clone().call(request))
+        } else {
+            Either::Right(self.others.call(request))
         }
     }
 }
+
+/// What the names of all versions of reflection begin with.
+const REFLECTION_PREFIX: &str = "grpc.reflection.";
+
+/// Describes the services to clients such as grpcurl. It is made when somebody first asks: it holds each
+/// comment of the proto twice, and most servers are never asked.
+static REFLECTION: LazyLock<Routes> = LazyLock::new(|| {
+    let builder = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // So that grpcurl shows the details of errors.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+    };
+    let v1 = builder().build_v1();
+    // Clients older than 2023, and some newer ones, ask for v1alpha only.
+    let v1alpha = builder().build_v1alpha();
+    Routes::new(v1.expect("descriptors that were built with this program"))
+        .add_service(v1alpha.expect("descriptors that were built with this program"))
+        .prepare()
+});
 
 /// The names that health knows: ours, and "" for the server as a whole.
 const SERVICES: [&str; 2] = ["", ChatMemoryServer::<Service>::NAME];
