@@ -393,8 +393,8 @@ pub struct Serve {
     #[arg(help_heading = "Limits")]
     max_requests: Given<usize>,
 
-    /// Threads that serve calls (0 to 1024): 0 for one more than cores. Connections of clients are spread over
-    /// them; each has its own to Redis
+    /// Threads that serve calls (0 to 1024): 0 for one more than cores. Connections of clients are
+    /// spread over them; each has its own to Redis
     #[arg(
         long,
         env = "CHAT_MEMORY_WORKERS",
