@@ -965,6 +965,48 @@ async fn while_appends_are_under_way_as_many_wait_for_each_other() {
 }
 
 #[tokio::test]
+async fn appends_that_wait_for_others_fail_in_time_when_redis_falls_silent() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = Arc::new(store_at(proxy.redis_url()).await);
+    append(&store, &["a"]).await;
+    let all_append = async || {
+        let appends = (0..40).map(|n| {
+            let store = Arc::clone(&store);
+            tokio::spawn(async move {
+                let id = SessionId::parse(format!("s{n}")).unwrap();
+                bounded(store.append(&id, appending(&["b"]))).await
+            })
+        });
+        let appends: Vec<_> = appends.collect();
+        let mut answers = Vec::new();
+        for append in appends {
+            answers.push(append.await.unwrap());
+        }
+        answers
+    };
+
+    proxy.set(Mode::Silent);
+    for answer in all_append().await {
+        let is_retriable = matches!(
+            answer,
+            Err(Error::OutcomeUnknown(_) | Error::Unavailable(_))
+        );
+        assert!(is_retriable, "{answer:?}");
+    }
+    proxy.set(Mode::Forward);
+    until_reachable(&store, true).await;
+    for answer in all_append().await {
+        assert_eq!(answer.unwrap().first_sequence, 1);
+    }
+    for n in 0..40 {
+        let list = format!("message_store:s{n}");
+        let length: i64 = redis.command(&["LLEN", &list]).await;
+        assert_eq!(length, 1, "{list}");
+    }
+}
+
+#[tokio::test]
 async fn others_elements_that_differ_only_in_their_text_are_not_taken_for_those_that_went() {
     let element = |text: &str| {
         format!(

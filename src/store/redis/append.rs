@@ -31,7 +31,8 @@ const TOGETHER_MAX: usize = 32;
 /// many as are under way, so that where Redis is near a few large calls go, and where it is far away
 /// nobody waits long for those before.
 const ENOUGH: usize = 16;
-/// Calls of the script that are under way at once from a worker, at most.
+/// Calls of the script that are under way at once from a worker, at most: so many callers at most do not
+/// know what came of theirs when a connection dies, and begin again one by one.
 const UNDER_WAY_MAX: usize = 8;
 /// Appends of a worker that wait to be sent, at most; others go by themselves.
 const WAITING_MAX: usize = 1_024;
