@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Wake, Waker};
 use std::thread::ThreadId;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use chat_memory::store::sessions::{
     FORK_STEP, Fork, Forked, ListRecent, Look, NOTICED_WITHIN_MS, Seen, Update, Upkeep,
@@ -27,7 +27,7 @@ use harness::stores::{
     all, batch, fill, fresh_session, read_all, request, sequences, session, texts,
 };
 use harness::turns::{LONG_MS, begin, end, follow, keep, lease, leased, take};
-use harness::wait::LIMIT;
+use harness::wait;
 use rusqlite::Connection;
 use tempfile::TempDir;
 
@@ -379,15 +379,12 @@ fn version_and_messages(path: &Path) -> (i64, i64) {
         .query_row("PRAGMA integrity_check", [], |row| row.get(0))
         .unwrap();
     assert_eq!(check, "ok");
-    let number = |sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
-    (
-        number("PRAGMA user_version"),
-        number("SELECT count(*) FROM messages WHERE length(element) = 300"),
-    )
+    let whole = "SELECT count(*) FROM messages WHERE length(element) = 300";
+    (numbers(path, "PRAGMA user_version"), numbers(path, whole))
 }
 
-#[test]
-fn a_migration_that_was_killed_is_made_by_the_next_start() {
+#[tokio::test]
+async fn a_migration_that_was_killed_is_made_by_the_next_start() {
     const MESSAGES: i64 = 40_000;
     let (_directory, path) = place();
     large_older_file(&path, MESSAGES);
@@ -400,11 +397,11 @@ fn a_migration_that_was_killed_is_made_by_the_next_start() {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        let deadline = Instant::now() + LIMIT;
-        while std::fs::metadata(&log).map_or(0, |log| log.len()) < log_bytes {
-            assert!(Instant::now() < deadline, "nothing is written");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let has_written = || {
+            let written = std::fs::metadata(&log).map_or(0, |log| log.len());
+            (written >= log_bytes).then_some(())
+        };
+        wait::until("the migration is in the log", async || has_written()).await;
         server.kill().unwrap();
         server.wait().unwrap();
         let (version, messages) = version_and_messages(&path);
