@@ -14,11 +14,7 @@
 //! What LangChain stores and [`Draft`] has no field for goes through `Draft::langchain`, a JSON
 //! object with LangChain's own names, and comes back on writing.
 
-use std::{
-    borrow::Cow,
-    collections::HashMap,
-    fmt::{self, Write as _},
-};
+use std::{borrow::Cow, collections::HashMap, fmt};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
@@ -1082,7 +1078,6 @@ fn string(text: &str) -> String {
 }
 
 fn push_string(json: &mut String, text: &str) {
-    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
     json.push('"');
     let mut rest = text;
     while let Some(character) = rest.chars().next() {
@@ -1095,7 +1090,7 @@ fn push_string(json: &mut String, text: &str) {
             '\u{8}' => json.push_str("\\b"),
             '\u{c}' => json.push_str("\\f"),
             ' '..='~' => {
-                let plain = rest.bytes().take_while(is_plain).count();
+                let plain = plain_bytes(rest.as_bytes());
                 json.push_str(&rest[..plain]);
                 rest = &rest[plain..];
                 continue;
@@ -1107,10 +1102,27 @@ fn push_string(json: &mut String, text: &str) {
     json.push('"');
 }
 
+/// How many bytes at the beginning stand for themselves in JSON. Looked at in pieces, each as a whole:
+/// that is a few instructions for a piece, where each byte by itself takes as many.
+fn plain_bytes(text: &[u8]) -> usize {
+    let is_plain = |byte: &u8| matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\');
+    let pieces = text.chunks_exact(16);
+    let plain_pieces = pieces.take_while(|piece| {
+        let plain = piece.iter().map(is_plain);
+        plain.fold(true, |all, plain| all & plain)
+    });
+    let whole = plain_pieces.count() * 16;
+    let rest = text[whole..].iter();
+    whole + rest.take_while(|byte| is_plain(byte)).count()
+}
+
 fn push_escaped(json: &mut String, character: char) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     for unit in character.encode_utf16(&mut [0; 2]) {
-        // Writing into a String does not fail.
-        write!(json, "\\u{unit:04x}").ok();
+        json.push_str("\\u");
+        for shift in [12, 8, 4, 0] {
+            json.push(DIGITS[usize::from(*unit >> shift) & 15].into());
+        }
     }
 }
 
@@ -1168,6 +1180,24 @@ mod tests {
         r#"{"type": "remove", "data": {"content": "", "additional_kwargs": {}, "response_metadata": {}, "type": "remove", "name": null, "id": "m1"}}"#,
         r#"{"type": "human", "data": {"content": ["a", {"type": "text", "text": "b"}, {"type": "image_url", "image_url": {"url": "https://example.com/x.png", "detail": "low"}}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAEC"}}, {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}}], "additional_kwargs": {}, "response_metadata": {}, "type": "human", "name": null, "id": null, "custom": [1]}}"#,
     ];
+
+    #[test]
+    fn what_must_be_escaped_in_a_string_is_wherever_it_stands() {
+        for (character, escaped) in [
+            ("\"", "\\\""),
+            ("\\", "\\\\"),
+            ("\n", "\\n"),
+            ("\u{7f}", "\\u007f"),
+            ("é", "\\u00e9"),
+            ("🎉", "\\ud83c\\udf89"),
+        ] {
+            for (before, after) in (0..40).flat_map(|before| [(before, 0), (before, 40)]) {
+                let (before, after) = ("x".repeat(before), " ~".repeat(after));
+                let text = format!("{before}{character}{after}");
+                assert_eq!(string(&text), format!("\"{before}{escaped}{after}\""));
+            }
+        }
+    }
 
     #[test]
     fn of_an_element_the_last_type_and_data_count_however_their_keys_are_written() {
