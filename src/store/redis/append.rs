@@ -2,14 +2,12 @@
 //! the same time go to Redis together, in one call of the script: it costs Redis less to begin one,
 //! and this server to be answered once. Nobody waits where nothing is under way.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
 use redis::Value;
-use tokio::sync::{mpsc, oneshot};
-use tokio_util::task::AbortOnDropHandle;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
 use super::connection::Failure;
 use super::invocation::Invocation;
@@ -47,86 +45,158 @@ struct Call {
     append: Append,
 }
 
-/// Where appends go.
+/// Where the appends of a worker go.
 pub(super) struct Appends {
     connection: Arc<Connection>,
     scripts: Arc<Scripts>,
-    /// Where all sessions are in one Redis, and nobody waits for replicas.
-    together: Option<Together>,
+    runtime: Handle,
+    /// Whether appends may go together: all sessions are in one Redis, and nobody waits for replicas.
+    are_gathered: bool,
+    queue: Mutex<Queue>,
 }
 
-struct Together {
-    waiting: mpsc::Sender<Waiting>,
-    _sender: AbortOnDropHandle<()>,
+/// Appends that wait for those that are under way.
+#[derive(Default)]
+struct Queue {
+    waiting: Vec<Waiting>,
+    /// Calls of the script that are under way.
+    calls: usize,
+    /// Appends in them.
+    sent: usize,
+    /// Appends in the one that began last: others are about if there were several.
+    last: usize,
+    /// A task is about to send what waits by then.
+    is_awake: bool,
 }
 
 /// A call that waits to be sent. If it is not answered, it was not sent.
 struct Waiting {
     call: Arc<Call>,
-    answer: oneshot::Sender<std::result::Result<Value, Failure>>,
+    answer: oneshot::Sender<Answer>,
+}
+
+type Answer = std::result::Result<Value, Failure>;
+
+/// How an append begins.
+enum Begun {
+    /// Nobody else is about: it goes by itself, at once.
+    Alone(UnderWay),
+    Together(oneshot::Receiver<Answer>),
+}
+
+/// A call of the script, with so many appends. When it ends, what waits goes.
+struct UnderWay {
+    appends: Arc<Appends>,
+    count: usize,
+    /// It ended without an answer.
+    has_failed: bool,
+}
+
+impl Queue {
+    /// Whether it is time to send. Whenever something waits, something is under way, after which this
+    /// is asked again.
+    fn is_due(&self) -> bool {
+        let are_enough = self.waiting.len() >= self.sent.clamp(1, ENOUGH);
+        are_enough && self.calls < UNDER_WAY_MAX && !self.is_awake
+    }
+
+    fn begin(&mut self, count: usize) {
+        self.calls += 1;
+        self.sent += count;
+        self.last = count;
+    }
+
+    fn end(&mut self, count: usize) {
+        self.calls -= 1;
+        self.sent -= count;
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let mut queue = self.appends.queue();
+        queue.end(self.count);
+        if self.has_failed {
+            // It took its time. Those that wait have waited as long: each tries by itself.
+            let waiting = std::mem::take(&mut queue.waiting);
+            drop(queue);
+            drop(waiting);
+        } else {
+            self.appends.wake(queue);
+        }
+    }
 }
 
 impl Appends {
-    pub(super) fn start(connection: Arc<Connection>, scripts: Arc<Scripts>) -> Self {
-        let together = connection.only().is_some().then(|| {
-            let (waiting, queue) = mpsc::channel(WAITING_MAX);
-            let sending = send(Arc::clone(&connection), Arc::clone(&scripts), queue);
-            Together {
-                waiting,
-                _sender: AbortOnDropHandle::new(tokio::spawn(sending)),
-            }
-        });
-        Self {
+    /// Those of the worker that this is called within.
+    pub(super) fn new(connection: Arc<Connection>, scripts: Arc<Scripts>) -> Arc<Self> {
+        Arc::new(Self {
+            are_gathered: connection.only().is_some(),
             connection,
             scripts,
-            together,
-        }
+            runtime: Handle::current(),
+            queue: Mutex::default(),
+        })
     }
 
     /// Appends. Takes at most as long as a call that is repeated once: where it has waited behind
     /// others that failed, it is not.
-    pub(super) async fn append(&self, keys: Keys, append: Append) -> Result<Appended> {
+    pub(super) async fn append(self: &Arc<Self>, keys: Keys, append: Append) -> Result<Appended> {
         let call = Arc::new(Call { keys, append });
-        let answer = match self.append_together(&call).await {
-            Some(answer) => answer,
+        let answer = match self.begin(&call) {
+            Some(begun) => self.finish(&call, begun).await,
             None => self.append_alone(&call, true).await,
         };
         call.parse(answer.map_err(failure_of_write)?)
     }
 
-    /// Appends together with others; `None` if it is to go by itself.
-    async fn append_together(
-        &self,
-        call: &Arc<Call>,
-    ) -> Option<std::result::Result<Value, Failure>> {
-        let together = self.together.as_ref().filter(|_| call.is_small())?;
+    /// Begins an append as others allow it; `None` if it has nothing to do with others.
+    fn begin(self: &Arc<Self>, call: &Arc<Call>) -> Option<Begun> {
+        if !self.are_gathered || !call.is_small() {
+            return None;
+        }
+        let mut queue = self.queue();
+        if queue.calls == 0 && queue.last <= 1 && queue.waiting.is_empty() {
+            queue.begin(1);
+            return Some(Begun::Alone(self.under_way(1)));
+        }
+        if queue.waiting.len() >= WAITING_MAX {
+            return None;
+        }
         let (answer, answered) = oneshot::channel();
-        let waiting = Waiting {
-            call: Arc::clone(call),
-            answer,
+        let call = Arc::clone(call);
+        queue.waiting.push(Waiting { call, answer });
+        self.wake(queue);
+        Some(Begun::Together(answered))
+    }
+
+    /// Waits for what came of it; a second attempt it makes by itself.
+    async fn finish(&self, call: &Call, begun: Begun) -> Answer {
+        let first = match begun {
+            Begun::Alone(mut under_way) => {
+                let answer = self.append_alone(call, false).await;
+                under_way.has_failed = has_failed(&answer);
+                Ok(answer)
+            }
+            Begun::Together(answered) => answered.await,
         };
-        together.waiting.try_send(waiting).ok()?;
-        Some(match answered.await {
+        match first {
             Ok(Err(Failure::NoAnswer(reason))) => {
                 let second = self.append_alone(call, false).await;
                 // Whatever the second attempt fails from, the first may have arrived.
                 second.map_err(|_| Failure::NoAnswer(reason))
             }
-            // It may be that of another append.
-            Ok(Err(Failure::Refused(_))) => return None,
+            // It may be that of another append, or say that the master is elsewhere by now.
+            Ok(Err(Failure::Refused(_))) => self.append_alone(call, true).await,
             Ok(answer) => answer,
             // The call before it has failed.
             Err(_) => self.append_alone(call, false).await,
-        })
+        }
     }
 
     /// Appends by itself; a second time where it may and there is no answer to the first.
-    async fn append_alone(
-        &self,
-        call: &Call,
-        may_repeat: bool,
-    ) -> std::result::Result<Value, Failure> {
-        let script = invocation(&self.scripts.append, &[call]);
+    async fn append_alone(&self, call: &Call, may_repeat: bool) -> Answer {
+        let script = invocation(&self.scripts.append, [call].into_iter());
         let answer = match may_repeat {
             true => self.connection.write_repeatable(&script).await,
             false => self.connection.write(&script).await,
@@ -136,75 +206,78 @@ impl Appends {
             other => other,
         })
     }
-}
 
-/// Sends what waits, for ever.
-async fn send(
-    connection: Arc<Connection>,
-    scripts: Arc<Scripts>,
-    mut queue: mpsc::Receiver<Waiting>,
-) {
-    let (connection, scripts) = (&*connection, &*scripts);
-    let mut waiting = Vec::new();
-    let mut under_way = FuturesUnordered::new();
-    // Appends in the calls that are under way.
-    let mut sent = 0;
-    loop {
-        let room = TOGETHER_MAX - waiting.len();
-        tokio::select! {
-            Some(came_to) = under_way.next() => {
-                let (count, are_answered): (usize, bool) = came_to;
-                sent -= count;
-                if !are_answered {
-                    // It took its time to fail. Those that wait have waited as long: each tries by
-                    // itself.
-                    waiting.clear();
-                    while queue.try_recv().is_ok() {}
+    /// Sends what waits, if it is time: in a task, so that those go with it who come until then.
+    fn wake(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue>) {
+        if queue.is_due() {
+            queue.is_awake = true;
+            drop(queue);
+            self.runtime.spawn(Arc::clone(self).send());
+        }
+    }
+
+    /// Sends what waits, and passes on what each came to.
+    async fn send(self: Arc<Self>) {
+        let (calls, mut under_way) = {
+            let mut queue = self.queue();
+            queue.is_awake = false;
+            let count = queue.waiting.len().min(TOGETHER_MAX);
+            queue.begin(count);
+            let calls: Vec<_> = queue.waiting.drain(..count).collect();
+            (calls, self.under_way(count))
+        };
+        if calls.is_empty() {
+            // The call before them has failed.
+            return;
+        }
+        let appends = calls.iter().map(|waiting| &*waiting.call);
+        let script = invocation(&self.scripts.append, appends);
+        let answer = self.connection.write(&script).await;
+        under_way.has_failed = has_failed(&answer);
+        // What waits goes first: Redis has something to do while these are answered.
+        drop(under_way);
+        match answer {
+            Ok(Value::Array(values)) if values.len() == calls.len() => {
+                for (waiting, value) in calls.into_iter().zip(values) {
+                    // A caller that is gone needs no answer.
+                    let _ = waiting.answer.send(Ok(value));
                 }
             }
-            count = queue.recv_many(&mut waiting, room), if room > 0 => {
-                if count == 0 {
-                    return;
+            same => {
+                for waiting in calls {
+                    let _ = waiting.answer.send(same.clone());
                 }
             }
         }
-        let are_enough = !waiting.is_empty() && waiting.len() >= sent.min(ENOUGH);
-        if are_enough && under_way.len() < UNDER_WAY_MAX {
-            let calls = std::mem::take(&mut waiting);
-            let count = calls.len();
-            sent += count;
-            under_way.push(async move {
-                let are_answered = send_together(connection, scripts, calls).await;
-                (count, are_answered)
-            });
+    }
+
+    fn under_way(self: &Arc<Self>, count: usize) -> UnderWay {
+        UnderWay {
+            appends: Arc::clone(self),
+            count,
+            has_failed: false,
         }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Sends these, and passes on what each came to. Says whether they were answered.
-async fn send_together(connection: &Connection, scripts: &Scripts, calls: Vec<Waiting>) -> bool {
-    let appends: Vec<&Call> = calls.iter().map(|waiting| &*waiting.call).collect();
-    let script = invocation(&scripts.append, &appends);
-    match connection.write(&script).await {
-        Ok(Value::Array(values)) if values.len() == calls.len() => {
-            for (waiting, value) in calls.into_iter().zip(values) {
-                // A caller that is gone needs no answer.
-                let _ = waiting.answer.send(Ok(value));
-            }
-            true
-        }
-        same => {
-            for waiting in calls {
-                let _ = waiting.answer.send(same.clone());
-            }
-            matches!(same, Ok(_) | Err(Failure::Refused(_)))
-        }
-    }
+/// Whether Redis has said nothing.
+fn has_failed(answer: &Answer) -> bool {
+    matches!(answer, Err(Failure::NotSent(_) | Failure::NoAnswer(_)))
 }
 
 /// The script with these appends.
-fn invocation<'a>(script: &'a redis::Script, calls: &[&Call]) -> Invocation<'a> {
-    let keys: Vec<&str> = calls.iter().flat_map(|call| call.keys.in_order()).collect();
+fn invocation<'a, 'c>(
+    script: &'a redis::Script,
+    calls: impl Iterator<Item = &'c Call> + Clone,
+) -> Invocation<'a> {
+    let keys: Vec<&str> = calls
+        .clone()
+        .flat_map(|call| call.keys.in_order())
+        .collect();
     let mut script = Invocation::new(script, &keys);
     script.arg(now_ms().div_euclid(REQUEST_MEMORY_MS));
     for Call { append, .. } in calls {

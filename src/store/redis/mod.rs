@@ -141,7 +141,7 @@ pub enum InvalidSettings {
 /// How a worker reaches Redis.
 struct Lane {
     connection: Arc<Connection>,
-    appends: Appends,
+    appends: Arc<Appends>,
 }
 
 /// Keeps sessions in Redis.
@@ -191,7 +191,7 @@ impl Redis {
             .map(|worker| {
                 let _within = worker.enter();
                 let connection = Arc::new(Connection::start(target.clone(), replicas));
-                let appends = Appends::start(Arc::clone(&connection), Arc::clone(&scripts));
+                let appends = Appends::new(Arc::clone(&connection), Arc::clone(&scripts));
                 Lane {
                     connection,
                     appends,
