@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use ::redis::{Value, from_redis_value};
 use tempfile::TempDir;
 
-use super::redis::{Options, Redis, free_port, make_certificates};
+use super::redis::{Options, Redis, make_certificates};
 use super::wait::until;
 
 /// The nodes. Which of them are masters changes.
@@ -38,10 +39,8 @@ impl Cluster {
         let directory = certificates.as_ref().map(|one| one.path().to_owned());
         let mut nodes = Vec::new();
         for _ in 0..count {
-            let bus = free_port().to_string();
-            let arguments = [
+            let mut arguments = vec![
                 ["--cluster-enabled", "yes"],
-                ["--cluster-port", &bus],
                 // The shortest that a slow machine keeps: a test must not see failovers that it
                 // has not asked for.
                 ["--cluster-node-timeout", "1500"],
@@ -52,11 +51,10 @@ impl Cluster {
                     "--cluster-require-full-coverage",
                     if count > 3 { "yes" } else { "no" },
                 ],
-                [
-                    "--tls-cluster",
-                    if directory.is_some() { "yes" } else { "no" },
-                ],
             ];
+            if directory.is_some() {
+                arguments.push(["--tls-cluster", "yes"]);
+            }
             let arguments = arguments.concat().into_iter().map(str::to_owned).collect();
             let options = Options {
                 arguments,
@@ -202,15 +200,13 @@ impl Cluster {
 }
 
 async fn master_port(node: &Redis, slot: u16) -> Option<u16> {
-    type Node = (String, u16, String, ::redis::Value);
-    let ranges: Vec<::redis::Value> = node.try_command(&["CLUSTER", "SLOTS"]).await.ok()?;
+    // What comes after the port, and after the first node, differs from version to version.
+    let first = |values: Vec<Value>, count| Value::Array(values.into_iter().take(count).collect());
+    let ranges: Vec<Vec<Value>> = node.try_command(&["CLUSTER", "SLOTS"]).await.ok()?;
     ranges.into_iter().find_map(|range| {
-        let ::redis::Value::Array(mut parts) = range else {
-            return None;
-        };
-        parts.truncate(3);
-        let parts = ::redis::Value::Array(parts);
-        let (first, last, node): (u16, u16, Node) = ::redis::from_redis_value(parts).ok()?;
-        (first <= slot && slot <= last).then_some(node.1)
+        let range = from_redis_value(first(range, 3)).ok()?;
+        let (begin, end, node): (u16, u16, Vec<Value>) = range;
+        let (_, port): (String, u16) = from_redis_value(first(node, 2)).ok()?;
+        (begin <= slot && slot <= end).then_some(port)
     })
 }

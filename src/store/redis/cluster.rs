@@ -688,6 +688,9 @@ impl Call<'_> {
                                 }
                                 Some(Refusal::Ask(to)) => {
                                     asked.insert(index, to);
+                                    // Why nobody has taken it so far says more than the way there.
+                                    answers[index].get_or_insert(value);
+                                    continue;
                                 }
                                 Some(Refusal::Later) => is_later = true,
                                 None => {}
