@@ -95,6 +95,10 @@ struct Cli {
     /// The Redis of that process
     #[arg(long, hide = true, default_value = "")]
     redis: String,
+
+    /// Where that process listens besides
+    #[arg(long, hide = true)]
+    socket: Option<PathBuf>,
 }
 
 /// What can be measured.
@@ -188,7 +192,9 @@ fn run(cli: Cli) -> Result<()> {
     let on_all_threads = || Builder::new_multi_thread().enable_all().build();
     match cli.role {
         Some(Role::Provider) => return on_one_thread()?.block_on(provider::run()),
-        Some(Role::Hello) => return peers::hello(),
+        Some(Role::Hello) => {
+            return peers::hello(cli.socket.as_deref().ok_or("where is the socket?")?);
+        }
         // As tokio has it by default, and so a server of an afternoon.
         Some(Role::Naive) => return on_all_threads()?.block_on(peers::naive(&cli.redis)),
         None => {}

@@ -45,6 +45,7 @@ const PREFIX: &str = "message_store:";
 
 /// The names of the contestants.
 const HELLO: &str = "hello";
+const HELLO_SOCKET: &str = "hello, Unix socket";
 const NAIVE: &str = "naive";
 const OURS: &str = "chat-memory";
 const SOCKET: &str = "chat-memory, Unix socket";
@@ -65,6 +66,7 @@ pub struct Stage {
 
 struct Clients {
     hello: Vec<HelloClient<Channel>>,
+    hello_socket: Vec<HelloClient<Channel>>,
     naive: Vec<NaiveClient<Channel>>,
     ours: Vec<ChatMemoryClient<Channel>>,
     socket: Vec<ChatMemoryClient<Channel>>,
@@ -112,7 +114,9 @@ impl Stage {
         let folder = bench.program.parent().unwrap_or(Path::new("."));
         let folder = tempfile::tempdir_in(folder)?;
         let redis = Redis::start(&[])?;
-        let hello = Child::role("hello", folder.path(), &[])?;
+        let hello_socket = folder.path().join("hello");
+        let hello_socket = hello_socket.to_str().ok_or("a path that is not UTF-8")?;
+        let hello = Child::role("hello", folder.path(), &["--socket", hello_socket])?;
         let naive = Child::role("naive", folder.path(), &["--redis", &redis.url()])?;
         let socket = format!("unix:{}", folder.path().join("socket").display());
         let quiet = ["--log", "warn"];
@@ -129,12 +133,14 @@ impl Stage {
             let channels = connect_all(address).await?;
             Ok(channels.into_iter().map(ChatMemoryClient::new).collect())
         };
-        let (to_hello, to_naive) = (
-            connect_all(hello.tcp()?).await?,
-            connect_all(naive.tcp()?).await?,
-        );
+        let say_to = async |address: &str| -> Result<Vec<HelloClient<Channel>>> {
+            let channels = connect_all(address).await?;
+            Ok(channels.into_iter().map(HelloClient::new).collect())
+        };
+        let to_naive = connect_all(naive.tcp()?).await?;
         let clients = Clients {
-            hello: to_hello.into_iter().map(HelloClient::new).collect(),
+            hello: say_to(hello.tcp()?).await?,
+            hello_socket: say_to(&format!("unix:{hello_socket}")).await?,
             naive: to_naive.into_iter().map(NaiveClient::new).collect(),
             ours: of(server.tcp()?).await?,
             socket: of(&socket).await?,
@@ -156,15 +162,18 @@ impl Stage {
         })
     }
 
-    fn hello(&self) -> Target {
-        let clients = self.clients.hello.clone();
+    fn hello(&self, name: &str) -> Target {
+        let clients = match name {
+            HELLO_SOCKET => self.clients.hello_socket.clone(),
+            _ => self.clients.hello.clone(),
+        };
         let (request, answer) = self.sizes;
         let say = SayRequest {
             answer_bytes: answer as u32,
             filling: Bytes::from(vec![b'x'; request - 6]),
         };
         Target::new(
-            HELLO,
+            name,
             [self.hello.id(), self.redis.id()],
             move |caller, _| {
                 let mut client = clients[caller % clients.len()].clone();
@@ -429,20 +438,22 @@ pub async fn append(bench: &Bench, report: &mut Report) -> Result<()> {
         move |caller: usize, _: u64| format!("append-{name}-{caller}")
     };
     let targets = [
-        stage.hello(),
+        stage.hello(HELLO),
         stage.push(own("naive")),
         stage.append(OURS, own("tcp")),
         stage.append(SOCKET, own("socket")),
         stage.append(EMBEDDED, own("embedded")),
+        stage.hello(HELLO_SOCKET),
     ];
     let samples = side_by_side(bench, "append", &targets, CALLERS).await?;
-    let [hello, naive, ours, socket, embedded] = &samples[..] else {
-        return Err("five contestants".into());
+    let [hello, naive, ours, socket, embedded, hello_socket] = &samples[..] else {
+        return Err("six contestants".into());
     };
     report.spread("append_vs_hello", ratios(ours, hello, rate));
     report.spread("append_vs_naive", ratios(ours, naive, rate));
     report.spread("embedded_append_vs_hello", ratios(embedded, hello, rate));
     report.spread("uds_vs_tcp", ratios(socket, ours, rate));
+    report.spread("hello_uds_vs_tcp", ratios(hello_socket, hello, rate));
     report.spread(
         "server_cpu_us_append",
         each(ours, |sample| sample.cpu_us_per_call[0]),
@@ -453,7 +464,7 @@ pub async fn append(bench: &Bench, report: &mut Report) -> Result<()> {
     );
     let title = "Append, 300-byte messages, 64 callers on 8 connections";
     report.table(load_table(title, &targets, &samples)?);
-    report.series(percentiles(&targets, &samples)?);
+    report.series(percentiles(&targets[..5], &samples[..5])?);
 
     let calls = if bench.quick { 1_500 } else { 6_000 };
     let bar = bench.bar("append, one caller", 5);
@@ -485,7 +496,7 @@ pub async fn append(bench: &Bench, report: &mut Report) -> Result<()> {
     }
     report.table(table);
 
-    callers(bench, report, &targets).await
+    callers(bench, report, &targets[..5]).await
 }
 
 fn percentiles(targets: &[Target], samples: &[Vec<Sample>]) -> Result<Series> {

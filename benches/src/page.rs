@@ -26,7 +26,7 @@ enum Reach {
 }
 
 /// The figures of the page, in its order.
-const FIGURES: [(&str, &str, Reach); 23] = [
+const FIGURES: [(&str, &str, Reach); 24] = [
     (
         "append_vs_hello",
         "Append, throughput / hello",
@@ -66,6 +66,11 @@ const FIGURES: [(&str, &str, Reach); 23] = [
         "uds_vs_tcp",
         "Append, throughput over a Unix socket / TCP",
         Reach::AtLeast(1.2),
+    ),
+    (
+        "hello_uds_vs_tcp",
+        "the same of *hello*: what the transport alone gives",
+        Reach::None,
     ),
     (
         "server_cpu_us_append",

@@ -3,12 +3,12 @@
 //! in a script, LRANGE passed through. Each is a process of its own, with the same tonic and the same
 //! profile as the server. `hello` has the server's threads, `naive` tokio's default.
 
-use std::thread;
+use std::{path::Path, thread};
 
 use bytes::Bytes;
 use redis::{Script, aio::ConnectionManager};
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UnixStream},
     runtime::Builder,
     sync::mpsc,
 };
@@ -87,32 +87,47 @@ impl Naive for PushIt {
     }
 }
 
-/// Serves `hello` until the process is killed, on threads like the server's: one more than cores, with the
-/// same scheduling policy, each with a runtime of its own, and connections in turns.
-pub fn hello() -> Result<()> {
+/// Serves `hello` until the process is killed, over TCP and a Unix socket, on threads like the server's: one
+/// more than cores, with the same scheduling policy, each with a runtime of its own, and connections in
+/// turns.
+pub fn hello(socket: &Path) -> Result<()> {
     take_turns();
-    let mut queues = Vec::new();
+    let (mut tcp, mut unix) = (Vec::new(), Vec::new());
     for _ in 0..=thread::available_parallelism()?.get() {
         let (queue, accepted) = mpsc::unbounded_channel();
-        queues.push(queue);
+        tcp.push(queue);
+        let of_tcp = UnboundedReceiverStream::new(accepted).map(TcpStream::from_std);
+        let (queue, accepted) = mpsc::unbounded_channel();
+        unix.push(queue);
+        let of_unix = UnboundedReceiverStream::new(accepted).map(UnixStream::from_std);
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let routes = Routes::new(HelloServer::new(SayIt));
-        let sockets = UnboundedReceiverStream::new(accepted).map(TcpStream::from_std);
+        let server = move || Server::builder().add_routes(routes.clone());
         thread::spawn(move || {
-            runtime.block_on(
-                Server::builder()
-                    .add_routes(routes)
-                    .serve_with_incoming(sockets),
-            )
+            runtime.block_on(async {
+                tokio::join!(
+                    server().serve_with_incoming(of_tcp),
+                    server().serve_with_incoming(of_unix)
+                )
+            })
         });
     }
+    let unix_listener = std::os::unix::net::UnixListener::bind(socket)?;
+    thread::spawn(move || -> Result<()> {
+        for (number, stream) in unix_listener.incoming().enumerate() {
+            let stream = stream?;
+            stream.set_nonblocking(true)?;
+            unix[number % unix.len()].send(stream)?;
+        }
+        Ok(())
+    });
     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
     crate::ready(&listener.local_addr()?.to_string());
     for (number, stream) in listener.incoming().enumerate() {
         let stream = stream?;
         stream.set_nodelay(true)?;
         stream.set_nonblocking(true)?;
-        queues[number % queues.len()].send(stream)?;
+        tcp[number % tcp.len()].send(stream)?;
     }
     Ok(())
 }
