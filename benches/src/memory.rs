@@ -588,6 +588,13 @@ pub async fn lengths(bench: &Bench, report: &mut Report) -> Result<()> {
     }
     bar.finish_and_clear();
 
+    // LangChain reads whole lists: before anything is appended to them.
+    let is_read = |length: &usize| *length <= LONG;
+    let read: Vec<usize> = lengths.iter().copied().filter(is_read).collect();
+    let runs_python = bench.runs_python();
+    let python = runs_python.then(|| python(bench, &stage.redis, &read));
+    let python = python.transpose()?;
+
     let reads: Vec<Target> = lengths
         .iter()
         .map(|length| {
@@ -635,19 +642,13 @@ pub async fn lengths(bench: &Bench, report: &mut Report) -> Result<()> {
         table.row(vec![length.to_string(), cell(0), cell(1)]);
     }
 
-    if bench.runs_python() {
-        let read: Vec<usize> = lengths
-            .iter()
-            .copied()
-            .filter(|length| *length <= LONG)
-            .collect();
-        let python = python(bench, &stage.redis, &read)?;
+    if let Some(python) = &python {
         let points = read.iter().map(|length| {
             let took = python.reads.get(&length.to_string()).copied();
             (*length as f64, took.unwrap_or(f64::NAN))
         });
         series.line("LangChain, messages", points.collect());
-        one_caller(bench, report, &stage, &python).await?;
+        one_caller(bench, report, &stage, python).await?;
     }
     report.table(table);
     report.series(series);

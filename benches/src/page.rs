@@ -316,12 +316,22 @@ fn draw(series: &Series) -> Result<()> {
     let mut builder = ChartBuilder::on(&root);
     builder
         .margin(16)
+        // Half of the last label.
+        .margin_right(40)
         .x_label_area_size(44)
         .y_label_area_size(70);
     let legend = match series.name.as_str() {
         SCALING_CHART => SeriesLabelPosition::UpperRight,
         _ => SeriesLabelPosition::UpperLeft,
     };
+    let decimal = |number: f64| {
+        let digits = format!("{number:.4}");
+        digits
+            .trim_end_matches('0')
+            .trim_end_matches('.')
+            .to_owned()
+    };
+    let plain = |number: &f64| decimal(*number);
     // Everything but throughput and shares spans powers.
     macro_rules! chart {
         ($x:expr, $y:expr, $x_label:expr) => {{
@@ -332,6 +342,7 @@ fn draw(series: &Series) -> Result<()> {
                 .x_desc(&series.x)
                 .y_desc(&series.y)
                 .x_label_formatter(&$x_label)
+                .y_label_formatter(&plain)
                 .draw()?;
             for ((name, points), colour) in series.lines.iter().zip(COLOURS.iter().cycle()) {
                 let colour = *colour;
@@ -353,10 +364,9 @@ fn draw(series: &Series) -> Result<()> {
                 .draw()?;
         }};
     }
-    let plain = |x: &f64| format!("{x}");
     match series.name.as_str() {
         "latency" => {
-            let percentile = |x: &f64| format!("{:.4}", 100.0 * (1.0 - 0.5_f64.powf(*x)));
+            let percentile = |x: &f64| decimal(100.0 * (1.0 - 0.5_f64.powf(*x)));
             chart!(x_min..x_max, (y_min..y_max * 1.2).log_scale(), percentile);
         }
         "length" => {
