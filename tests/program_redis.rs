@@ -192,7 +192,10 @@ async fn one_request_sent_to_two_servers_at_once_is_stored_once() {
         for call in calls {
             answers.push(call.await.unwrap().unwrap().into_inner());
         }
-        assert!(answers.iter().all(|answer| *answer == answers[0]));
+        assert!(
+            answers.iter().all(|answer| *answer == answers[0]),
+            "{answers:#?}"
+        );
     }
     let length: i64 = redis.command(&["LLEN", "message_store:s"]).await;
     assert_eq!(length, 40);

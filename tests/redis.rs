@@ -935,6 +935,35 @@ async fn appends_that_come_at_once_go_together_and_each_comes_to_its_own() {
 }
 
 #[tokio::test]
+async fn a_request_is_remembered_whatever_bytes_there_are_in_its_stamp() {
+    let (_redis, store) = start().await;
+    let element = |n: usize| format!("{{\"id\": \"cm_{n:014}\"}}");
+    // The next ones go the short way.
+    append(&store, &[&element(0)]).await;
+    for count in [1, 2, 3] {
+        // Zero bytes in all places of a time.
+        for shift in [0, 8, 16, 24, 32, 40] {
+            let elements: Vec<String> = (1..=count).map(element).collect();
+            let elements: Vec<&str> = elements.iter().map(String::as_str).collect();
+            let append = Append {
+                time_ms: 1 << shift,
+                request: request(&format!("{count} {shift}")),
+                ..appending(&elements)
+            };
+            let first = store.append(&session(), append.clone()).await.unwrap();
+            let second = store.append(&session(), append).await.unwrap();
+            assert_eq!(
+                second,
+                Appended {
+                    repeated: true,
+                    ..first
+                }
+            );
+        }
+    }
+}
+
+#[tokio::test]
 async fn while_appends_are_under_way_as_many_wait_for_each_other() {
     let redis = Redis::start().await;
     let proxy = Proxy::start(redis.address()).await;

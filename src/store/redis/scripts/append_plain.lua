@@ -32,7 +32,8 @@ local function append_plain(key, at, count)
   local newest = string.format('%d', last + count)
   local record = ARGV[at + 2] .. newest
   if count ~= 1 then
-    record = string.format('%s%d:%d', ARGV[at + 2], last + 1, count)
+    -- A format of Lua's would end the stamp at a zero byte.
+    record = ARGV[at + 2] .. string.format('%d:%d', last + 1, count)
   end
   if redis.pcall('HSETNX', KEYS[bucket], request, record) ~= 1 then
     return nil
