@@ -95,6 +95,19 @@ async fn append(store: &RedisStore, elements: &[&str]) -> Appended {
         .expect("append")
 }
 
+/// Appends, and is answered the same when it is asked for again.
+async fn append_and_repeat(store: &RedisStore, append: Append) {
+    let first = store.append(&session(), append.clone()).await.unwrap();
+    let second = store.append(&session(), append).await.unwrap();
+    assert_eq!(
+        second,
+        Appended {
+            repeated: true,
+            ..first
+        }
+    );
+}
+
 const ALL: Read = Read {
     order: Order::OldestFirst,
     after: 0,
@@ -584,15 +597,7 @@ async fn a_repeated_request_is_recognised_before_its_conditions() {
     let mut conditional = appending(&["a"]);
     conditional.expected_last_sequence = Some(0);
     conditional.expected_epoch = Some(Epoch(0));
-    let first = store.append(&session(), conditional.clone()).await.unwrap();
-    let second = store.append(&session(), conditional).await.unwrap();
-    assert_eq!(
-        second,
-        Appended {
-            repeated: true,
-            ..first
-        }
-    );
+    append_and_repeat(&store, conditional).await;
 }
 
 #[tokio::test]
@@ -950,15 +955,7 @@ async fn a_request_is_remembered_whatever_bytes_there_are_in_its_stamp() {
                 request: request(&format!("{count} {shift}")),
                 ..appending(&elements)
             };
-            let first = store.append(&session(), append.clone()).await.unwrap();
-            let second = store.append(&session(), append).await.unwrap();
-            assert_eq!(
-                second,
-                Appended {
-                    repeated: true,
-                    ..first
-                }
-            );
+            append_and_repeat(&store, append).await;
         }
     }
 }

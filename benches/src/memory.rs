@@ -464,6 +464,7 @@ pub async fn append(bench: &Bench, report: &mut Report) -> Result<()> {
     );
     let title = "Append, 300-byte messages, 64 callers on 8 connections";
     report.table(load_table(title, &targets, &samples)?);
+    // The charts have the servers over TCP, and ours over all it has.
     report.series(percentiles(&targets[..5], &samples[..5])?);
 
     let calls = if bench.quick { 1_500 } else { 6_000 };
