@@ -264,7 +264,7 @@ async fn a_file_of_version_1_keeps_its_messages_and_takes_turns() {
     let ended = store.end_turn(&s, end(turn.key.id, turn.lease.token, &["c"]));
     ended.await.unwrap();
     assert_eq!(texts(&read_all(&store, &s).await), ["a", "b", "c"]);
-    assert_eq!(numbers(&path, "PRAGMA user_version"), 4);
+    assert_eq!(numbers(&path, "PRAGMA user_version"), 5);
 }
 
 /// Makes a file as an older program left it: the schemas up to a version, and some sessions.
@@ -356,7 +356,14 @@ async fn a_file_of_version_3_keeps_what_there_is() {
     assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 5);
     let tables = "SELECT count(*) FROM sqlite_schema WHERE name = 'messages_3'";
     assert_eq!(numbers(&path, tables), 0);
-    assert_eq!(numbers(&path, "PRAGMA user_version"), 4);
+    let checks = "SELECT count(*) FROM sqlite_schema
+        JOIN pragma_foreign_key_list(sqlite_schema.name) ON type = 'table'
+        WHERE name IN ('messages', 'requests')";
+    assert_eq!(numbers(&path, checks), 0);
+    // What goes with a session still does.
+    let cascades = "SELECT count(*) FROM pragma_foreign_key_list('session_pairs')";
+    assert_eq!(numbers(&path, cascades), 1);
+    assert_eq!(numbers(&path, "PRAGMA user_version"), 5);
 }
 
 /// A file of version 3 with this many messages of 300 bytes, in 200 sessions.
@@ -411,7 +418,7 @@ async fn a_migration_that_was_killed_is_made_by_the_next_start() {
     assert!(killed > 0, "it was too quick each time");
 
     drop(Program::embedded(&path));
-    assert_eq!(version_and_messages(&path), (4, MESSAGES));
+    assert_eq!(version_and_messages(&path), (5, MESSAGES));
 }
 
 #[tokio::test]
@@ -435,7 +442,7 @@ async fn a_migration_that_finds_no_room_says_so_and_leaves_the_file_as_it_is() {
     let read = read_all(&store, &session("s200")).await;
     assert_eq!(read.elements.len() as i64, MESSAGES / 200);
     drop(store);
-    assert_eq!(version_and_messages(&path), (4, MESSAGES));
+    assert_eq!(version_and_messages(&path), (5, MESSAGES));
 }
 
 /// An older server may have it: nobody brings it to this version meanwhile.

@@ -2,7 +2,7 @@
 //! nor models, nor what is in the elements.
 //!
 //! In reading order: [`open`] takes the file and brings it to this version (`schema.sql`, then
-//! `schema_2.sql` to `schema_4.sql`), [`tables`] holds the statements, [`turns`] those of turns,
+//! `schema_2.sql` to `schema_5.sql`), [`tables`] holds the statements, [`turns`] those of turns,
 //! [`sessions`] those of sessions as a whole and [`fork`] those that copy one; [`writer`] is the one
 //! thread that writes, many writes to a commit, through [`log`], and [`notice`] looks for what it does
 //! not see; this file puts them together, and nearly all waiting is in it.

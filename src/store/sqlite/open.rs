@@ -23,11 +23,12 @@ const LOG_BYTES: i64 = 64 << 20;
 const LOG_FRAME_BYTES: i64 = 4096 + 24;
 
 /// What makes a file of version N + 1 out of one of version N. Only ever grows at its end.
-pub const MIGRATIONS: [&str; 4] = [
+pub const MIGRATIONS: [&str; 5] = [
     include_str!("schema.sql"),
     include_str!("schema_2.sql"),
     include_str!("schema_3.sql"),
     include_str!("schema_4.sql"),
+    include_str!("schema_5.sql"),
 ];
 
 /// The first version that has all that the statements of reads ask for.
@@ -325,7 +326,7 @@ pub fn open_reader(held: &Held) -> rusqlite::Result<Connection> {
 fn configure(db: &Connection) -> rusqlite::Result<()> {
     // Somebody else may be writing, with SQLite's tools.
     db.busy_timeout(std::time::Duration::from_millis(BUSY_MS_MAX))?;
-    // A session that still has messages cannot be deleted by mistake.
+    // With a session go its turns' line and its pairs, with a turn its log.
     db.pragma_update(None, "foreign_keys", true)?;
     // The schema comes out of the file: it may not call functions with effects.
     db.pragma_update(None, "trusted_schema", false)?;
