@@ -17,6 +17,9 @@ use tokio_util::sync::CancellationToken;
 /// How long a thread waits at its end for work that cannot be interrupted.
 const END_LIMIT: Duration = Duration::from_millis(200);
 
+/// How often a runtime wakes with nothing to do.
+const TICK: Duration = Duration::from_secs(4);
+
 thread_local! {
     static INDEX: Cell<usize> = const { Cell::new(0) };
 }
@@ -58,7 +61,18 @@ pub fn take_turns() -> io::Result<()> {
 
 /// A runtime of one thread.
 pub fn runtime() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_all().build()
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    runtime.spawn(tick());
+    Ok(runtime)
+}
+
+/// Sets a timer, again and again. A runtime wakes itself, by a system call, for each timer that is due
+/// before all those that it had when it last slept, and so for the time limit of each call if it had
+/// none. No call's limit is as short as this.
+async fn tick() {
+    loop {
+        tokio::time::sleep(TICK).await;
+    }
 }
 
 /// The workers of a server. When they are dropped, their threads end.
