@@ -9,6 +9,10 @@ use chat_memory::{
 };
 use clap::CommandFactory as _;
 
+/// Faster than C's with many small pieces on several threads (`docs/benchmarks.md`).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse_all();
     match cli.command {

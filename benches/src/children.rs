@@ -70,6 +70,14 @@ impl Child {
         Self::start(command, folder.join(format!("{role}.log")))
     }
 
+    /// The program `hello`, which is built beside this one.
+    pub fn hello(folder: &Path, socket: &str) -> Result<Self> {
+        let program = std::env::current_exe()?.with_file_name("chat-memory-hello");
+        let mut command = Command::new(program);
+        command.arg(socket);
+        Self::start(command, folder.join("hello.log"))
+    }
+
     pub fn id(&self) -> u32 {
         self.process.id()
     }

@@ -2,7 +2,7 @@
 //!
 //! - [`load`][]: callers
 //! - [`memory`]: Append and GetMessages, footprint, bytes
-//! - [`peers`]: the servers that it is compared with
+//! - [`peers`]: a server that it is compared with; another is `bin/chat-memory-hello.rs`
 //! - [`turns`]: chat turns
 //! - [`scale`]: more servers, more nodes of a cluster
 //! - [`provider`]: the model of those turns
@@ -95,10 +95,6 @@ struct Cli {
     /// The Redis of that process
     #[arg(long, hide = true, default_value = "")]
     redis: String,
-
-    /// Where that process listens besides
-    #[arg(long, hide = true)]
-    socket: Option<PathBuf>,
 }
 
 /// What can be measured.
@@ -129,8 +125,7 @@ enum Part {
 enum Role {
     /// The model of the turns.
     Provider,
-    /// The servers that chat-memory is compared with.
-    Hello,
+    /// A server that chat-memory is compared with.
     Naive,
 }
 
@@ -192,9 +187,6 @@ fn run(cli: Cli) -> Result<()> {
     let on_all_threads = || Builder::new_multi_thread().enable_all().build();
     match cli.role {
         Some(Role::Provider) => return on_one_thread()?.block_on(provider::run()),
-        Some(Role::Hello) => {
-            return peers::hello(cli.socket.as_deref().ok_or("where is the socket?")?);
-        }
         // As tokio has it by default, and so a server of an afternoon.
         Some(Role::Naive) => return on_all_threads()?.block_on(peers::naive(&cli.redis)),
         None => {}

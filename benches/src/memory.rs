@@ -116,7 +116,7 @@ impl Stage {
         let redis = Redis::start(&[])?;
         let hello_socket = folder.path().join("hello");
         let hello_socket = hello_socket.to_str().ok_or("a path that is not UTF-8")?;
-        let hello = Child::role("hello", folder.path(), &["--socket", hello_socket])?;
+        let hello = Child::hello(folder.path(), hello_socket)?;
         let naive = Child::role("naive", folder.path(), &["--redis", &redis.url()])?;
         let socket = format!("unix:{}", folder.path().join("socket").display());
         let quiet = ["--log", "warn"];
