@@ -1100,38 +1100,10 @@ async fn twenty_followers_at_two_servers_get_the_same_events() {
     assert_eq!(world.provider.request_count(), 1);
 }
 
-/// A file system of its own, small, and gone when this is dropped. `None` where this user may not
-/// make one.
-#[cfg(target_os = "linux")]
-struct SmallDisk(tempfile::TempDir);
-
-#[cfg(target_os = "linux")]
-impl SmallDisk {
-    fn mount(size: &str) -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
-        let mounted = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
-            .arg(directory.path())
-            .output();
-        match mounted {
-            Ok(output) if output.status.success() => Some(Self(directory)),
-            _ => None,
-        }
-    }
-}
-
-#[cfg(target_os = "linux")]
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let mut unmount = std::process::Command::new("umount");
-        drop(unmount.arg("-l").arg(self.0.path()).status());
-    }
-}
-
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn an_answer_is_kept_for_a_full_disk_and_stored_when_there_is_room() {
-    let Some(disk) = SmallDisk::mount("8m") else {
+    let Some(disk) = harness::disk::SmallDisk::mount("8m") else {
         println!("skipped: this user may not mount a file system");
         return;
     };
@@ -1139,7 +1111,7 @@ async fn an_answer_is_kept_for_a_full_disk_and_stored_when_there_is_room() {
     let gate = Gate::new();
     let script = Script::begin().say(&"kept ".repeat(20_000)).wait(&gate);
     provider.answer(script.finish("stop").done());
-    let database = disk.0.path().join("chat.db");
+    let database = disk.path().join("chat.db");
     let server = Program::start(&[
         "--listen=127.0.0.1:0",
         "--database",
@@ -1152,21 +1124,14 @@ async fn an_answer_is_kept_for_a_full_disk_and_stored_when_there_is_room() {
     let request = turn("s", "t", "hi");
     let mut stream = connected.chat(request.clone()).await.unwrap().into_inner();
     take_deltas(&mut stream, 1).await;
-    // Fills what is left, to the last byte.
-    let filler = disk.0.path().join("filler");
-    let mut file = std::fs::File::create(&filler).unwrap();
-    for size in [1 << 16, 1 << 12, 1] {
-        let bytes = vec![0; size];
-        while std::io::Write::write_all(&mut file, &bytes).is_ok() {}
-    }
+    let filler = disk.fill();
     gate.open();
     let told = tell_rest(stream, Told::default()).await;
     assert_eq!(told.reason(), "STORE_FULL");
     let told = tell(&mut connected, request.clone()).await;
     assert_eq!(told.reason(), "STORE_FULL");
     assert!(contents(&mut connected, "s").await.is_empty());
-    drop(file);
-    std::fs::remove_file(filler).unwrap();
+    drop(filler);
     let told = deliver(&connected, request).await;
     assert_eq!(told.text(), "kept ".repeat(20_000));
     assert_eq!(contents(&mut connected, "s").await, ["hi", &told.text()]);

@@ -4,6 +4,8 @@
 #![allow(dead_code)]
 
 pub mod cluster;
+#[cfg(target_os = "linux")]
+pub mod disk;
 pub mod failover;
 pub mod program;
 pub mod provider;
