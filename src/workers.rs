@@ -67,8 +67,8 @@ pub fn runtime() -> io::Result<Runtime> {
 }
 
 /// Sets a timer, again and again. A runtime wakes itself, by a system call, for each timer that is due
-/// before all those that it had when it last slept, and so for the time limit of each call if it had
-/// none. No call's limit is as short as this.
+/// before all those that it had when it last slept, and so for the time limit of each write to the file if
+/// it had none. That limit is longer than this.
 async fn tick() {
     loop {
         tokio::time::sleep(TICK).await;

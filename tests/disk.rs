@@ -12,7 +12,7 @@ use std::{
 use harness::{
     disk::{self, SmallDisk, limit_files},
     program::{Program, command},
-    server::{append, client, get, reason, tcp_channel, user},
+    server::{all_messages, append, client, reason, tcp_channel, user},
     wait,
 };
 use tokio::{task::JoinHandle, time::sleep};
@@ -37,13 +37,17 @@ impl Insistent {
             let mut client = client(channel.clone());
             tokio::spawn(async move {
                 let mut number = 0;
-                while !stop.is_cancelled() {
+                loop {
                     let mut request = append(&caller.to_string(), vec![user(&number.to_string())]);
                     request.request_id = format!("request-{number:022}");
                     match client.append(request).await {
                         Ok(_) => {
                             number += 1;
                             told.lock().unwrap().0 += 1;
+                            // Only here: what was refused may be stored.
+                            if stop.is_cancelled() {
+                                return number;
+                            }
                         }
                         Err(status) => {
                             told.lock().unwrap().1.push(reason(&status));
@@ -51,7 +55,6 @@ impl Insistent {
                         }
                     }
                 }
-                number
             })
         });
         let callers = callers.collect();
@@ -95,21 +98,11 @@ impl Insistent {
 async fn assert_stored(program: &Program, stored: &[usize]) {
     let mut client = client(tcp_channel(&program.addresses[0]).await);
     for (caller, count) in stored.iter().enumerate() {
-        let mut texts = Vec::new();
-        let mut request = get(&caller.to_string());
-        request.page_size = 1_000;
-        loop {
-            let page = client
-                .get_messages(request.clone())
-                .await
-                .unwrap()
-                .into_inner();
-            texts.extend(page.messages.into_iter().map(|message| message.content));
-            if page.next_page_token.is_empty() {
-                break;
-            }
-            request.page_token = page.next_page_token;
-        }
+        let messages = all_messages(&mut client, &caller.to_string()).await;
+        let texts: Vec<_> = messages
+            .into_iter()
+            .map(|message| message.content)
+            .collect();
         let expected: Vec<_> = (0..*count).map(|number| number.to_string()).collect();
         assert_eq!(texts, expected, "session {caller}");
     }

@@ -11,7 +11,10 @@ use std::{
 use harness::{
     program::{Program, command, run},
     provider::{Provider, Script},
-    server::{Client, append, chat, client, contents, get, tcp_channel, tell, unix_channel, user},
+    server::{
+        Client, all_messages, append, chat, client, contents, get, tcp_channel, tell, unix_channel,
+        user,
+    },
     wait,
 };
 
@@ -142,21 +145,8 @@ async fn a_crash_during_appends_loses_nothing_that_was_acknowledged() {
 
         let program = Program::embedded(&database);
         let mut reader = connect(&program).await;
-        let mut stored = Vec::new();
-        let mut request = get("s");
-        request.page_size = 1000;
-        loop {
-            let page = reader
-                .get_messages(request.clone())
-                .await
-                .unwrap()
-                .into_inner();
-            stored.extend(page.messages.into_iter().map(|m| (m.sequence, m.id)));
-            if page.next_page_token.is_empty() {
-                break;
-            }
-            request.page_token = page.next_page_token;
-        }
+        let stored = all_messages(&mut reader, "s").await;
+        let stored: Vec<_> = stored.into_iter().map(|m| (m.sequence, m.id)).collect();
         let acknowledged = acknowledged.lock().unwrap().clone();
         for message in &acknowledged {
             assert!(stored.binary_search(message).is_ok(), "{message:?} is lost");

@@ -210,6 +210,22 @@ pub fn chat(session: &str, content: &str) -> pb::ChatRequest {
     }
 }
 
+/// All messages of a session, page by page.
+pub async fn all_messages(client: &mut Client, session: &str) -> Vec<pb::Message> {
+    let mut messages = Vec::new();
+    let mut request = get(session);
+    request.page_size = 1_000;
+    loop {
+        let page = client.get_messages(request.clone()).await.expect("a page");
+        let page = page.into_inner();
+        messages.extend(page.messages);
+        if page.next_page_token.is_empty() {
+            return messages;
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
 /// The contents of a session.
 pub async fn contents(client: &mut Client, session: &str) -> Vec<String> {
     let page = client.get_messages(get(session)).await.expect("a page");
