@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 /// How long a thread waits at its end for work that cannot be interrupted.
 const END_LIMIT: Duration = Duration::from_millis(200);
 
-/// How often a runtime wakes with nothing to do.
+/// How often a worker wakes with nothing to do.
 const TICK: Duration = Duration::from_secs(4);
 
 thread_local! {
@@ -61,9 +61,7 @@ pub fn take_turns() -> io::Result<()> {
 
 /// A runtime of one thread.
 pub fn runtime() -> io::Result<Runtime> {
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    runtime.spawn(tick());
-    Ok(runtime)
+    Builder::new_current_thread().enable_all().build()
 }
 
 /// Sets a timer, again and again. A runtime wakes itself, by a system call, for each timer that is due
@@ -109,6 +107,9 @@ impl Workers {
                 runtime.block_on(stopped.cancelled());
                 runtime.shutdown_timeout(END_LIMIT);
             })?);
+        }
+        for worker in &workers.handles {
+            worker.spawn(tick());
         }
         Ok(workers)
     }
