@@ -128,6 +128,7 @@ fn run(config: &Config) -> Result<(), Failure> {
 
 async fn run_until_signal(config: &Config, workers: usize) -> Result<(), Failure> {
     let shutdown = shutdown_on_signal()?;
+    outlive_file_limit()?;
     let workers = Workers::start(workers)?;
     let model = make_model(&config.model).map_err(Failure::Settings)?;
     let listeners = bind(config).await.map_err(Failure::Settings)?;
@@ -192,6 +193,12 @@ fn shutdown_on_signal() -> io::Result<CancellationToken> {
         }
     });
     Ok(shutdown)
+}
+
+/// Has a limit to the size of this process' files (`ulimit -f`) fail the write that meets it, as a full
+/// disk does. Unless somebody listens for its signal, the kernel ends the process instead.
+fn outlive_file_limit() -> io::Result<()> {
+    signal(SignalKind::from_raw(libc::SIGXFSZ)).map(drop)
 }
 
 /// Binds all addresses, or says all that cannot be bound.

@@ -10,8 +10,8 @@ use std::{
 };
 
 use harness::{
-    disk::{self, SmallDisk, limit_files},
-    program::{Program, command},
+    disk::{SmallDisk, limit_files},
+    program::Program,
     server::{all_messages, append, client, reason, tcp_channel, user},
     wait,
 };
@@ -136,10 +136,7 @@ async fn appends_are_refused_while_the_disk_is_full_and_stored_once_when_there_i
 async fn appends_are_stored_once_although_the_disk_fails_for_a_while() {
     let directory = tempfile::tempdir().unwrap();
     let database = directory.path().join("chat.db");
-    let arguments = ["--listen=127.0.0.1:0", "--database"];
-    let mut server = command(arguments);
-    server.arg(&database);
-    let program = Program::start_as(disk::without_signal(&server));
+    let program = Program::embedded(&database);
     let callers = Insistent::start(&program).await;
     callers.until_stored(100).await;
     limit_files(program.id(), Some(64 << 10));

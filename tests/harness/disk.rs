@@ -55,20 +55,8 @@ impl Drop for Filler {
     }
 }
 
-/// The same command, but without the signal that comes with an error of [`limit_files`].
-pub fn without_signal(command: &Command) -> Command {
-    // The shell hands on that it is ignored.
-    let mut shell = Command::new("sh");
-    shell.args(["-c", r#"trap '' XFSZ; exec "$0" "$@""#]);
-    shell.arg(command.get_program()).args(command.get_args());
-    for (name, _) in command.get_envs() {
-        shell.env_remove(name);
-    }
-    shell
-}
-
-/// Fails each write of a process beyond so many bytes of a file, or none any more. To the process that is
-/// an error of the disk, but for the signal that comes with it.
+/// Fails each write of a process beyond so many bytes of a file, or none any more. To a process that
+/// outlives the signal that comes with it, this is an error of the disk.
 pub fn limit_files(process: u32, bytes: Option<u64>) {
     let bytes = bytes.map_or("unlimited".to_owned(), |bytes| bytes.to_string());
     // Without a number behind the colon, the limit may be lifted again.
