@@ -74,6 +74,7 @@ fn act() -> impl Strategy<Value = Act> {
         1 => others(&["RPOP", "K"]),
         1 => others(&["LSET", "K", "0", "changed"]),
         1 => others(&["EXPIRE", "K", "100000"]),
+        1 => others(&["DEL", "{K}:requests:0", "{K}:requests:1"]),
         1 => others(&["PERSIST", "K"]),
         1 => others(&["DEL", "{K}:session"]),
         1 => (0..4_usize).prop_map(Act::Refill),
@@ -173,14 +174,15 @@ async fn do_it(store: &RedisStore, redis: &Redis, id: &str, act: &Act, time_ms: 
             let facts = format!("{{{list}}}:session");
             let day: Option<String> = redis.command(&["HGET", &facts, "day"]).await;
             let Some(day) = day else { return String::new() };
-            let day: i64 = day.trim_end_matches('+').parse().unwrap();
+            let how = if day.ends_with('-') { "-" } else { "" };
+            let day: i64 = day.trim_end_matches(['+', '-']).parse().unwrap();
             // Its records, and those of the day before that are gone.
             let [today, other] =
                 [day, day + 1].map(|day| format!("{{{list}}}:requests:{}", day % 2));
             if redis.command::<i64>(&["EXISTS", &today]).await == 1 {
                 let _: redis::Value = redis.command(&["RENAME", &today, &other]).await;
             }
-            let before = (day - 1).to_string();
+            let before = format!("{}{how}", day - 1);
             let _: i64 = redis.command(&["HSET", &facts, "day", &before]).await;
             String::new()
         }

@@ -13,7 +13,7 @@ pub(super) fn commands(keys: &Keys, wanted: usize) -> [Cmd; 4] {
     let [list, facts, ..] = keys.in_order();
     let mut known = redis::cmd("HMGET");
     known.arg(facts);
-    known.arg(&["mark", "last", "base", "expires_at", "epoch"]);
+    known.arg(&["mark", "last", "base", "expires_at", "epoch", "gaps"]);
     let mut length = redis::cmd("LLEN");
     length.arg(list);
     let mut left = redis::cmd("PTTL");
@@ -55,7 +55,8 @@ pub(super) fn read(answers: Vec<Value>, now_ms: UnixMillis) -> Found {
     else {
         return Found::Unusual;
     };
-    let [mark, numbers @ ..] = &facts[..] else {
+    let [mark, numbers @ .., Value::Nil] = &facts[..] else {
+        // It has gaps, or is none.
         return Found::Unusual;
     };
     let number = |place: usize| match numbers.get(place) {
@@ -71,7 +72,6 @@ pub(super) fn read(answers: Vec<Value>, now_ms: UnixMillis) -> Found {
     else {
         return Found::Unusual;
     };
-    // With gaps, `last` is too large for this.
     if length > last.saturating_sub(base) {
         return Found::Changed;
     }

@@ -1,6 +1,7 @@
 -- The plain case of an append: a request that is new, without conditions, on a session that nobody
 -- else has touched since its last element, and that has neither gaps nor an expiry, by a server that
--- trims nothing; of an element with an id that the server made, after another such.
+-- trims nothing; of an element with an id that the server made, after another such; where today's records
+-- are there, with their expiry.
 --
 -- This is what most calls are, and worth a way of its own: Lua makes the functions of common.lua anew
 -- at each call of a script, and with all of them an Append costs Redis more than twice as much.
@@ -22,6 +23,7 @@ local function append_plain(key, at, count)
     and string.sub(facts[2] or '', 1, 3) == 'cm_'
     and redis.pcall('LLEN', list) == last - base
     and redis.call('PTTL', list) == -1
+    and redis.call('PTTL', KEYS[bucket]) > 0
     and string.find(redis.call('LINDEX', list, '0') or '', facts[2], 1, true)
     and not (has_older and redis.pcall('HGET', KEYS[key * 2 + 7 - bucket], request)))
   then

@@ -22,12 +22,13 @@ local function clock()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- Lets a key expire in `left` ms, if it exists: at once if there is nothing left. Writes only what
--- makes a difference, since every write goes to the replicas and the log.
+-- Lets a key expire in `left` ms, if it exists: at once if there is nothing left, and else up to two
+-- seconds late, but never early. Writes only what makes a difference, since every write goes to the
+-- replicas and the log.
 local function expire_in(key, left)
-  local has = redis.call('PTTL', key)
-  if has ~= -2 and (has == -1 or math.abs(has - left) > math.min(1000, left / 50)) then
-    redis.call('PEXPIRE', key, decimal(left))
+  local has, late = redis.call('PTTL', key), math.min(1000, left / 50)
+  if has ~= -2 and (has < left or has > left + 2 * late) then
+    redis.call('PEXPIRE', key, decimal(left + late))
   end
 end
 

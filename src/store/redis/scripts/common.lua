@@ -95,7 +95,8 @@ local function reconcile()
     -- All that is there now is new: it gets numbers that nobody has seen. Only a session that
     -- expired starts anew; where somebody has refilled it meanwhile, nobody can tell an expiry
     -- from a deletion, and numbers that are too high do no harm.
-    local has_expired = length == 0 and had_expiry and session.now >= had_expiry
+    -- The list and this clock may differ by a little.
+    local has_expired = length == 0 and had_expiry and session.now >= had_expiry - 1000
     session.base = has_expired and 0 or session.last
     session.last = session.base
     session.mark = ''
@@ -207,19 +208,41 @@ local function forget_completed(session)
   end
 end
 
--- Lets {K}:turns live no longer than the list, which lives `left` ms, unless a turn runs: that one
--- goes on without it.
-local function shorten_turns(left)
-  local running = redis.pcall('HGET', TURNS, 'running')
-  if type(running) == 'table' then
+-- How much longer than the list what is beside it lives, where the list lives `left` ms: as long again.
+-- Others may let the list live longer, as LangChain does with each message, and then nobody tells us.
+local function spare(left)
+  return math.max(0, math.min(left, REQUEST_MEMORY_MS))
+end
+
+-- When the turns go with the list, in ms since 1970; nil if they do not. They hold what was said, so only
+-- where others set the list's expiry do they outlive it.
+local function turns_until(session)
+  local left = session.expires_at and session.expires_at - session.now
+  local is_ours = (session.ttl or TTL_MS or 0) > 0
+  return left and session.expires_at + (is_ours and 0 or spare(left))
+end
+
+-- Lets {K}:turns live as long as the newest of its records, or until they go with the list, also where
+-- that lives longer than it did. A turn that runs goes on without the list.
+local function keep_turns(session)
+  local values = redis.pcall('HMGET', TURNS, 'running', 'last_turn')
+  if values.err or not values[2] then
     return
   end
-  if running and running ~= '' then
+  local left = (turns_until(session) or math.huge) - session.now
+  if values[1] and values[1] ~= '' then
     left = math.max(left, LINGER_MS)
   end
-  if redis.call('PTTL', TURNS) > left then
-    expire_in(TURNS, left)
+  if redis.call('PTTL', TURNS) < left then
+    local turn = redis.call('HGET', TURNS, ordinal_field(tonumber(values[2])))
+    local packed = turn and redis.call('HGET', TURNS, turn)
+    local newest = packed and cmsgpack.unpack(packed)
+    left = newest and math.min(left, newest.forget_ms - session.now)
+    if not left or left <= redis.call('PTTL', TURNS) then
+      return
+    end
   end
+  expire_in(TURNS, left)
 end
 
 -- Whether the plain case of an append would leave nothing out.
@@ -231,15 +254,29 @@ local function day_of(session)
   return math.floor(session.now / REQUEST_MEMORY_MS)
 end
 
--- Lets the records of a day expire an hour after the end of the following day, when all of them are
--- over 24 hours old; or with the list, if that is earlier. Those of the day after that may come into
--- the same key in this hour: then the old ones stay as long as these.
-local function expire_requests(session, day)
-  local ends_at = (day + 2) * REQUEST_MEMORY_MS + LINGER_MS
-  if session.expires_at then
-    ends_at = math.min(ends_at, session.expires_at)
+-- The day of the newest record; nil if there is none.
+local function newest_day(session)
+  return tonumber(string.match(session.day or '', '^%d+'))
+end
+
+-- Notes which day that is, and what the plain case of an append has to know.
+local function note_day(session, day, how)
+  local text = decimal(day) .. how
+  if text ~= session.day then
+    redis.call('HSET', SESSION, 'day', text)
+    session.day = text
   end
-  expire_in(REQUESTS[day % 2], ends_at - session.now)
+end
+
+-- Lets the records of a day expire an hour after the end of the following day, when all of them are
+-- over 24 hours old; or after the list, if that is earlier.
+local function expire_requests(session, day)
+  local left = (day + 2) * REQUEST_MEMORY_MS + LINGER_MS - session.now
+  if session.expires_at then
+    local left_of_list = session.expires_at - session.now
+    left = math.min(left, left_of_list + spare(left_of_list))
+  end
+  expire_in(REQUESTS[day % 2], left)
 end
 
 -- The facts that each session has, in the order of `session.kept`.
@@ -279,13 +316,11 @@ local function save(session)
       redis.call('PERSIST', SESSION)
     end
   else
-    -- The facts live as long as the list. Those of a session that was cleared live longer: for a
-    -- turn that runs, which must find that it was cleared; and where they hold a base and there is no
-    -- list, for those who remember sequences. A session that expires starts at 1 again.
+    -- The facts outlive the list. Those of a session that was cleared live an hour longer at least:
+    -- for a turn that runs, which must find that it was cleared; and where they hold a base and there
+    -- is no list, for those who remember sequences. A session that expires starts at 1 again.
     local left = (session.expires_at or session.now) - session.now
-    if session.epoch > 0 then
-      left = left + LINGER_MS
-    end
+    left = left + math.max(spare(left), session.epoch > 0 and LINGER_MS or 0)
     if session.base > 0 and session.length == 0 then
       left = math.max(left, TOMBSTONE_MS)
     end
@@ -303,12 +338,14 @@ local function save(session)
   if session.is_cleared or session.has_expired then
     redis.call('HDEL', SESSION, 'ttl', 'title', 'metadata', 'origin')
   end
-  if session.day and (session.is_cleared or session.has_expired or not is_plain(session)) then
+  if session.is_cleared or session.has_expired then
     redis.call('HDEL', SESSION, 'day')
     session.day = nil
+  elseif session.day and not is_plain(session) then
+    note_day(session, newest_day(session), '-')
   end
-  if session.expires_at then
-    shorten_turns(session.expires_at - session.now)
+  if session.expires_at or has_other_expiry then
+    keep_turns(session)
   end
   if has_other_expiry then
     local today = day_of(session)
@@ -440,13 +477,19 @@ local function remember(session, request, stamp, first, count)
   if count ~= 1 then
     record = record .. ':' .. decimal(count)
   end
-  local today = day_of(session)
+  local today, newest = day_of(session), newest_day(session)
+  if newest and newest < today then
+    -- What is there is of the day before yesterday, or older.
+    redis.call('UNLINK', REQUESTS[today % 2])
+  end
   redis.call('HSET', REQUESTS[today % 2], request, record)
   expire_requests(session, today)
-  local day = decimal(today)
-  if is_plain(session) and (not session.day or string.sub(session.day, 1, #day) ~= day) then
+  if not is_plain(session) then
+    note_day(session, math.max(newest or 0, today), '-')
+  elseif newest ~= today or string.sub(session.day, -1) == '-' then
+    -- Also where the clock has gone back, and this record is the older one.
     local has_older = redis.call('EXISTS', REQUESTS[(today + 1) % 2]) == 1
-    redis.call('HSET', SESSION, 'day', has_older and day .. '+' or day)
+    note_day(session, math.max(newest or 0, today), has_older and '+' or '')
   end
   return record
 end

@@ -27,8 +27,8 @@
 --   gaps        where elements were rewound (MessagePack): place, extra, place, extra …, both
 --               rising. The sequence of an element is its place, and the extra of the last pair
 --               whose place is smaller. All places in it are above base
---   day         there while the session has no gaps, no expiry and no time to live: the day of the
---               newest record, and `+` if the day before may have records
+--   day         the day of the newest record; then `-` if the session has gaps, an expiry or a time
+--               to live, else `+` if the other day may have records
 --   ttl         how long the session lives after its last write, in ms; 0 for ever
 --   title, metadata, origin   what is said of the session; scripts do not look into it
 --
@@ -36,7 +36,8 @@
 -- (decimal) and, if it is not 1, `:` and the count. Small, since there is one for each write. 8 bytes
 -- of the id tell a million requests of a day apart, but for one session in ten million, and there a
 -- request is refused as one that was used: a message would be lost only if both hashes were the same.
--- It is remembered until the end of the following day: 24 to 49 hours. Days are UTC.
+-- It is remembered until the end of the following day: 24 to 49 hours; but no longer than the list,
+-- and as long again. Days are UTC.
 --
 -- Redis' own clock (TIME) is the one used here: it is the one that expires keys, and all replicas of
 -- the server share it. Only the plain case of an append goes by the server's day: records stay an hour

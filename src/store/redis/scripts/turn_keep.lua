@@ -1,7 +1,7 @@
 -- Extends the lease of a turn and adds to its log. This is what a turn does most: the script stands
 -- alone, with one key and without functions, which Lua would make anew at each call. It says the same
--- as those of turns.lua, which describes the record: `known`, `lease_to`, `add_chunk` and
--- `expire_turns`. Change both or none.
+-- as those of turns.lua, which describes the record, and base.lua: `known`, `lease_to`, `add_chunk`,
+-- `expire_turns` and `expire_in`. Change both or none.
 --
 -- KEYS:
 --   1  {K}:turns
@@ -61,8 +61,9 @@ local left = math.max(record.forget_ms - now, has)
 if record.list_until_ms then
   left = math.min(left, math.max(record.list_until_ms - now, LINGER_MS))
 end
-if has == -1 or math.abs(has - left) > math.min(1000, left / 50) then
-  redis.call('PEXPIRE', TURNS, string.format('%.0f', left))
+local late = math.min(1000, left / 50)
+if has < left or has > left + 2 * late then
+  redis.call('PEXPIRE', TURNS, string.format('%.0f', left + late))
 end
 local followed = record.followed_ms and now - record.followed_ms or ''
 return { 'kept', record.stop, followed, is_due and 1 or 0 }
