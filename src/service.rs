@@ -26,8 +26,9 @@ use crate::{
     history::{self, Asked, Wanted},
     langchain,
     message::{
-        BATCH_BYTES_MAX, Draft, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, PAGE_MESSAGES_MAX, Role,
-        SessionId, TURN_BYTES_MAX, Violation, check_name, now_ms, stored_messages,
+        BATCH_BYTES_MAX, Draft, MESSAGE_BYTES_MAX, NAME_BYTES_MAX, PAGE_BYTES_MAX,
+        PAGE_MESSAGES_MAX, Role, SessionId, TURN_BYTES_MAX, Violation, check_name, now_ms,
+        stored_messages,
     },
     model::Prompt,
     pb,
@@ -39,6 +40,10 @@ use crate::{
     window::Purpose,
     wire::{self, MessagesRequest, WindowRequest, sessions},
 };
+
+/// Sessions that a list asks the store for at once: with titles, metadata and errors of turns of the
+/// largest size, they take less than half a page.
+const LISTED_AT_ONCE: usize = 100;
 
 /// The service `chatmemory.v1.ChatMemory`.
 #[derive(Clone)]
@@ -175,9 +180,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         }
         let numbered = (appended.first_sequence..).zip(messages);
         Ok(Response::new(pb::AppendResponse {
-            messages: numbered
-                .map(|(sequence, message)| wire::render_message(sequence, message))
-                .collect(),
+            messages: wire::render_stored(numbered),
         }))
     }
 
@@ -253,10 +256,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
 
         Ok(Response::new(pb::StopChatResponse {
             turn_id,
-            messages: messages
-                .into_iter()
-                .map(|(sequence, message)| wire::render_message(sequence, message))
-                .collect(),
+            messages: wire::render_stored(messages),
         }))
     }
 
@@ -317,11 +317,25 @@ impl pb::chat_memory_server::ChatMemory for Service {
     ) -> Result<Response<pb::ListSessionsResponse>, Status> {
         let _entry = self.enter()?;
         let deadline = deadline(request.metadata());
-        let (list, scope) = sessions::parse_list(request.into_inner()).map_err(Error::from)?;
+        let (mut list, scope) = sessions::parse_list(request.into_inner()).map_err(Error::from)?;
+        let wanted = list.limit;
 
-        let page = within(deadline, false, self.sessions.list(list)).await??;
-
-        Ok(Response::new(sessions::render_list(&page, &scope)))
+        let mut answer = pb::ListSessionsResponse::default();
+        loop {
+            list.limit = (wanted - answer.sessions.len()).min(LISTED_AT_ONCE);
+            let part = self.sessions.list(list.clone());
+            let part = within(deadline, false, part).await??;
+            let is_whole = part.sessions.len() == list.limit;
+            list.cursor.clone_from(&part.next);
+            let part = sessions::render_list(&part, &scope);
+            answer.sessions.extend(part.sessions);
+            answer.next_page_token = part.next_page_token;
+            let has_room =
+                answer.sessions.len() < wanted && answer.encoded_len() < PAGE_BYTES_MAX / 2;
+            if list.cursor.is_none() || !is_whole || !has_room {
+                return Ok(Response::new(answer));
+            }
+        }
     }
 
     async fn rewind(
@@ -623,11 +637,7 @@ fn render_event(number: i64, event: Event) -> pb::ChatResponse {
                 .collect(),
         }),
         Event::Completed(completed) => Shown::Completed(pb::Completed {
-            messages: completed
-                .messages
-                .into_iter()
-                .map(|(sequence, message)| wire::render_message(sequence, message))
-                .collect(),
+            messages: wire::render_stored(completed.messages),
             usage: completed.usage.map(wire::render_usage),
             finish_reason: wire::render_finish_reason(completed.finish_reason).into(),
         }),

@@ -232,6 +232,36 @@ const MESSAGE_OVERHEAD: usize = 20;
 /// Bytes that the messages of a window may take.
 pub const WINDOW_BYTES_MAX: usize = PAGE_BYTES_MAX - ENTRY_OVERHEAD;
 
+/// Bytes of the messages in the answer of a write, at most: what gRPC's clients take by default is 4 MiB,
+/// and something is around them.
+const STORED_BYTES_MAX: usize = (4 << 20) - (64 << 10);
+
+/// Shows messages that were just stored. Where an answer has no room for all, the largest are named and
+/// left out: an answer that the client cannot take would be one that cannot be had by asking again, too.
+pub fn render_stored(messages: impl IntoIterator<Item = (Sequence, Message)>) -> Vec<pb::Message> {
+    let shown = messages.into_iter();
+    let mut shown: Vec<_> = shown
+        .map(|(sequence, message)| render_message(sequence, message))
+        .collect();
+    let size = |message: &pb::Message| message.encoded_len() + MESSAGE_OVERHEAD;
+    let mut bytes: usize = shown.iter().map(size).sum();
+    while bytes > STORED_BYTES_MAX
+        && let Some(largest) = shown.iter_mut().max_by_key(|message| size(message))
+    {
+        bytes -= size(largest);
+        let whole = std::mem::take(largest);
+        *largest = pb::Message {
+            id: whole.id,
+            role: whole.role,
+            role_name: whole.role_name,
+            create_time: whole.create_time,
+            ..too_large(whole.sequence, 0)
+        };
+        bytes += size(largest);
+    }
+    shown
+}
+
 fn too_large(sequence: Sequence, size: usize) -> pb::Message {
     pb::Message {
         sequence,

@@ -609,6 +609,43 @@ async fn a_bad_turn_names_its_field_and_stores_nothing() {
 }
 
 #[tokio::test]
+async fn what_was_stored_is_answered_however_large_it_is() {
+    let server = server().await;
+    let mut client = server.client().await;
+    // As large as a request may be. The answer has a sequence, an id and a time besides.
+    let number = prost_types::Value {
+        kind: Some(prost_types::value::Kind::NumberValue(0.0)),
+    };
+    let list = prost_types::ListValue {
+        values: vec![number; 170_000],
+    };
+    let value = prost_types::Value {
+        kind: Some(prost_types::value::Kind::ListValue(list)),
+    };
+    let mut large = user("large");
+    large.metadata = Some(prost_types::Struct {
+        fields: [("n".to_owned(), value)].into(),
+    });
+    let mut request = append("s", vec![large.clone(), large, user("small")]);
+    request.request_id = "r".to_owned();
+    let room = (4 << 20) - request.encoded_len();
+    request.messages[2].content = "x".repeat(room - 100);
+    for _ in 0..2 {
+        let stored = client.append(request.clone()).await.unwrap().into_inner();
+        let problems: Vec<_> = stored.messages.iter().map(pb::Message::problem).collect();
+        let left_out = problems
+            .iter()
+            .filter(|problem| **problem == pb::Problem::TooLarge);
+        assert_eq!(left_out.count(), 1, "{problems:?}");
+        for (sequence, message) in (1..).zip(&stored.messages) {
+            assert_eq!(message.sequence, sequence);
+            assert!(message.create_time.is_some() && !message.id.is_empty());
+        }
+        assert_eq!(stored.messages[2].content, request.messages[2].content);
+    }
+}
+
+#[tokio::test]
 async fn a_request_over_the_receive_limit_is_refused_with_details() {
     let server = server().await;
     let mut client = server.client().await;

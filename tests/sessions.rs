@@ -3,7 +3,11 @@
 
 mod harness;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use chat_memory::{
     model::{Model, provider, retry},
@@ -20,6 +24,7 @@ use harness::{
     stores::{self, Backend},
     wait,
 };
+use prost::Message as _;
 use tonic::{Code, Streaming};
 
 /// A server on a store, with a provider for its model.
@@ -241,6 +246,47 @@ async fn title_metadata_and_time_to_live_are_changed_as_the_mask_says() {
             .unwrap();
         let seen = look(&mut client, "s").await.unwrap();
         assert_eq!(seen.ttl, None);
+    }
+}
+
+#[tokio::test]
+async fn a_page_of_sessions_fits_into_an_answer() {
+    const SESSIONS: usize = 350;
+    let pairs = (0..16).map(|n| (format!("{n:064}"), "x".repeat(512)));
+    let pairs: HashMap<_, _> = pairs.collect();
+    for world in worlds().await {
+        let mut client = world.server.client().await;
+        for n in 0..SESSIONS {
+            let id = format!("{n:03}");
+            client.append(append(&id, vec![user("hi")])).await.unwrap();
+            let session = pb::Session {
+                session_id: id,
+                title: "x".repeat(512),
+                metadata: pairs.clone(),
+                ..Default::default()
+            };
+            let request = update(session, &["title", "metadata"]);
+            client.update_session(request).await.unwrap();
+        }
+        let mut request = pb::ListSessionsRequest {
+            page_size: 1_000,
+            ..Default::default()
+        };
+        let mut ids = BTreeSet::new();
+        loop {
+            let page = client.list_sessions(request.clone()).await.unwrap();
+            let page = page.into_inner();
+            let bytes = page.encoded_len();
+            assert!(bytes <= 3 << 20, "{bytes} bytes");
+            for session in page.sessions {
+                assert!(ids.insert(session.session_id));
+            }
+            if page.next_page_token.is_empty() {
+                break;
+            }
+            request.page_token = page.next_page_token;
+        }
+        assert_eq!(ids.len(), SESSIONS);
     }
 }
 
