@@ -18,6 +18,9 @@ use sha2::{Digest as _, Sha256};
 pub const SESSION_ID_BYTES_MAX: usize = 512;
 /// Bytes of ids and names inside a message, and of request and turn ids, at most.
 pub const NAME_BYTES_MAX: usize = 256;
+/// Bytes of the id of a tool call at most. Providers make it, and some keep what they need to go on in it:
+/// LiteLLM has Gemini's thought signatures there, of several KiB.
+pub const CALL_ID_BYTES_MAX: usize = 16 << 10;
 /// Bytes of one message at most, as [`Draft::size`] counts them.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 /// Messages of one batch at most.
@@ -453,13 +456,13 @@ impl Draft {
     pub fn check(self, path: &str) -> Result<Self, Violation> {
         let field = |name: &str| format!("{path}.{name}");
         let names = [
-            ("id", &self.id),
-            ("name", &self.name),
-            ("tool_call_id", &self.tool_call_id),
+            ("id", &self.id, NAME_BYTES_MAX),
+            ("name", &self.name, NAME_BYTES_MAX),
+            ("tool_call_id", &self.tool_call_id, CALL_ID_BYTES_MAX),
         ];
-        for (name, value) in names {
+        for (name, value, bytes_max) in names {
             if let Some(value) = value {
-                check_name(&field(name), value, NAME_BYTES_MAX)?;
+                check_name(&field(name), value, bytes_max)?;
             }
         }
 
@@ -501,7 +504,7 @@ impl Draft {
                 return Err(Violation::new(format!("{call_path}.name"), "is required"));
             }
             check_name(&format!("{call_path}.name"), &call.name, NAME_BYTES_MAX)?;
-            check_name(&format!("{call_path}.id"), &call.id, NAME_BYTES_MAX)?;
+            check_name(&format!("{call_path}.id"), &call.id, CALL_ID_BYTES_MAX)?;
         }
         if let Some(usage) = self.usage {
             let counts = [usage.input_tokens, usage.output_tokens, usage.total_tokens];

@@ -396,6 +396,30 @@ async fn an_element_that_cannot_be_read_comes_with_its_bytes_and_a_flag_among_th
     assert_eq!((read[2].sequence, read[2].content.as_str()), (3, "after"));
 }
 
+#[tokio::test]
+async fn ids_of_tool_calls_may_be_as_long_as_providers_make_them() {
+    let server = server().await;
+    let mut client = server.client().await;
+    let exchange = |id: String| {
+        let mut call = message(pb::Role::Assistant, "");
+        call.tool_calls = vec![pb::ToolCall {
+            id: id.clone(),
+            name: "f".into(),
+            ..Default::default()
+        }];
+        let mut result = message(pb::Role::Tool, "x");
+        result.tool_call_id = id;
+        append("s", vec![user("q"), call, result])
+    };
+    let longest = "i".repeat(16 << 10);
+    client.append(exchange(longest.clone())).await.unwrap();
+    let read = client.get_messages(get("s")).await.unwrap().into_inner();
+    assert_eq!(read.messages[1].tool_calls[0].id, longest);
+    assert_eq!(read.messages[2].tool_call_id, longest);
+    let longer = client.append(exchange(longest + "i")).await.unwrap_err();
+    assert_eq!(fields(&longer), ["messages[1].tool_calls[0].id"]);
+}
+
 /// Each bad request with the field that its error must name.
 fn bad_requests() -> Vec<(pb::AppendRequest, &'static str)> {
     let one = |message: pb::Message| append("s", vec![message]);
