@@ -503,6 +503,7 @@ struct AppendCall {
 impl AppendCall {
     fn parse(mut request: pb::AppendRequest) -> Result<Self, Error> {
         let request_id = std::mem::take(&mut request.request_id);
+        wire::drop_output(&mut request.messages);
         let body = request.encode_to_vec();
         let session = SessionId::parse(request.session_id)?;
         let drafts = wire::parse_messages(request.messages, BATCH_BYTES_MAX)?;
@@ -555,6 +556,7 @@ fn parse_call(mut request: pb::ChatRequest) -> Result<Call, Error> {
     };
     let follows = request.messages.is_empty() && !turn_id.is_empty();
     let turn_id = id_or_new("turn_id", turn_id)?;
+    wire::drop_output(&mut request.messages);
     let body = request.encode_to_vec();
     let history = match follows {
         true => Asked::default(),

@@ -193,6 +193,19 @@ fn parse_metadata(path: &str, metadata: Option<Struct>) -> Checked<(Option<Json>
     Ok((own, langchain))
 }
 
+/// Takes from messages of a request what is ignored there, so that it is no part of what is asked.
+pub fn drop_output(messages: &mut [pb::Message]) {
+    for message in messages {
+        message.sequence = 0;
+        message.create_time = None;
+        message.interrupted = false;
+        message.turn_id.clear();
+        message.raw.clear();
+        message.problem = 0;
+        message.raw_size = 0;
+    }
+}
+
 /// Shows a stored element. With `include_raw`, its bytes too.
 pub fn render_element(element: Element, include_raw: bool) -> pb::Message {
     let bytes = match element.body {

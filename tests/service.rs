@@ -165,6 +165,19 @@ async fn a_repeated_request_gets_the_first_answer_and_stores_nothing() {
         .unwrap();
     let second = client.append(request.clone()).await.unwrap().into_inner();
     assert_eq!(first, second);
+    // What only the server gives is ignored in requests, here too.
+    let mut with_output = request.clone();
+    for (given, stored) in with_output.messages.iter_mut().zip(first.messages.clone()) {
+        *given = pb::Message {
+            id: given.id.clone(),
+            interrupted: true,
+            turn_id: "t".to_owned(),
+            raw: b"raw".to_vec().into(),
+            ..stored
+        };
+    }
+    let third = client.append(with_output).await.unwrap().into_inner();
+    assert_eq!(first, third);
     assert_eq!(contents(&mut client, "s").await, ["one", "two", "three"]);
 
     request.messages[0].content = "other".to_owned();
