@@ -846,6 +846,48 @@ async fn an_answer_is_kept_for_a_full_redis_and_stored_when_there_is_room() {
 }
 
 #[tokio::test]
+async fn a_turn_is_completed_for_nobody_before_a_replica_has_it() {
+    let world = World::start().await;
+    let replica = world.redis.start_replica().await;
+    let gate = Gate::new();
+    world.provider.answer(held_by(&gate));
+    let url = world.redis.url();
+    let servers = [(); 2].map(|()| world.server_with(&url, &["--redis-wait-replicas=1"]));
+    let mut here = ready(&servers[0]).await;
+    let mut there = ready(&servers[1]).await;
+    let request = turn("s", "t", "hi");
+    let mut stream = here.chat(request.clone()).await.unwrap().into_inner();
+    take_deltas(&mut stream, 1).await;
+    let mut follower = there.chat(follow("s", "t", 0)).await.unwrap().into_inner();
+    take_deltas(&mut follower, 1).await;
+
+    replica.pause();
+    gate.open();
+    let asked_again = tell(&mut there, request.clone());
+    for told in [
+        tell_rest(follower, Told::default()).await,
+        tell_rest(stream, Told::default()).await,
+        asked_again.await,
+    ] {
+        assert!(told.completed.is_none());
+        let error = told.error.unwrap();
+        assert_eq!(
+            (error.code(), reason(&error).as_str()),
+            (Code::Unavailable, "OUTCOME_UNKNOWN")
+        );
+    }
+
+    replica.resume();
+    for client in [&here, &there] {
+        assert_eq!(deliver(client, request.clone()).await.text(), "kept");
+    }
+    let elements: i64 = replica.command(&["LLEN", "message_store:s"]).await;
+    assert_eq!(elements, 2);
+    assert_eq!(world.texts("s").await, ["hi", "kept"]);
+    assert_eq!(world.provider.request_count(), 1);
+}
+
+#[tokio::test]
 async fn a_turn_that_stops_without_followers_counts_those_at_other_servers() {
     let world = World::start().await;
     // Says something every 100 ms for ever, as far as this test goes.

@@ -64,6 +64,17 @@ async fn store_at(url: impl Into<String>) -> RedisStore {
     store
 }
 
+/// One whose acknowledgements mean that a replica has it.
+async fn store_that_waits(redis: &Redis) -> RedisStore {
+    let settings = Settings {
+        wait_replicas: 1,
+        ..settings(redis.url())
+    };
+    let store = RedisStore::connect(settings).expect("valid settings");
+    store.ready(LIMIT).await.expect("Redis is there");
+    store
+}
+
 async fn start() -> (Redis, RedisStore) {
     let redis = Redis::start().await;
     let store = store_at(redis.url()).await;
@@ -1648,6 +1659,60 @@ async fn a_redis_without_memory_ends_no_turn_and_one_that_forgot_the_scripts_doe
     assert_eq!((appended.first_sequence, appended.count), (2, 2));
     assert_eq!(store.end_turn(&session(), end).await, Ok(first));
     assert_eq!(show(&read(&store).await), "1:a 2:q 3:a");
+}
+
+#[tokio::test]
+async fn a_turn_is_told_to_have_completed_once_a_replica_has_it_whoever_asks() {
+    let redis = Redis::start().await;
+    let replica = redis.start_replica().await;
+    let holder = store_at(redis.url()).await;
+    let store = store_that_waits(&redis).await;
+    begin(&holder, beginning("t")).await;
+    let follow = FollowTurn {
+        turn: turn("t"),
+        from_chunk: 0,
+        bytes_max: 1_000,
+        is_noted: false,
+    };
+    let followed = async |store: &RedisStore| {
+        let followed = store.follow_turn(&session(), follow).await;
+        followed.map(|followed| followed.expect("a turn").state)
+    };
+    let begun = async || store.begin_turn(&session(), beginning("t")).await;
+    let taken = async || store.take_turn(&session(), taking("t", TOKEN)).await;
+    let stopped = async || {
+        let id = Some(turn("t"));
+        let stopped = store.stop_turn(&session(), id, Stop::Keep).await;
+        stopped.map(|stopped| stopped.expect("a turn").state)
+    };
+
+    replica.pause();
+    // What runs is told as it is.
+    let running = TurnState::Running { is_expired: false };
+    assert_eq!(followed(&store).await, Ok(running));
+    let end = ending("t", TOKEN, &["q", "a"]);
+    let completed = holder.end_turn(&session(), end).await.unwrap();
+    assert_eq!(followed(&holder).await.as_ref(), Ok(&completed));
+    let errors = [
+        followed(&store).await.unwrap_err(),
+        begun().await.unwrap_err(),
+        taken().await.unwrap_err(),
+        stopped().await.unwrap_err(),
+    ];
+    for error in errors {
+        assert!(matches!(error, Error::OutcomeUnknown(_)), "{error}");
+    }
+
+    replica.resume();
+    eventually("the replica has it", async || {
+        followed(&store).await.is_ok()
+    })
+    .await;
+    assert_eq!(followed(&store).await.as_ref(), Ok(&completed));
+    assert_eq!(begun().await, Ok(Begun::Exists(completed.clone())));
+    assert_eq!(taken().await, Ok(Taken::Ended(completed.clone())));
+    assert_eq!(stopped().await, Ok(completed));
+    assert_eq!(replica.command::<i64>(&["LLEN", LIST]).await, 2);
 }
 
 #[tokio::test]

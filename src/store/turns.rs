@@ -93,7 +93,9 @@ pub trait TurnStore: Send + Sync + 'static {
         stop: Stop,
     ) -> Result<Option<StoppedTurn>>;
 
-    /// Reads a turn's state and a part of its log. `None`: there is no such turn.
+    /// Reads a turn's state and a part of its log. `None`: there is no such turn. That it has
+    /// completed is as good as [`end_turn`](Self::end_turn)'s answer: while that could not be given
+    /// yet, it is an error here, too.
     async fn follow_turn(
         &self,
         session: &SessionId,

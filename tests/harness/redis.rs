@@ -12,6 +12,8 @@ use ::redis::aio::MultiplexedConnection;
 use ::redis::{AsyncConnectionConfig, Value};
 use tempfile::TempDir;
 
+use super::wait::until;
+
 /// How long a server may take to start or to stop.
 const LIMIT: Duration = Duration::from_secs(20);
 /// Between two looks at a condition.
@@ -99,6 +101,28 @@ impl Redis {
         let of_its_own = || self.directory.path().to_owned();
         let directory = self.options.certificates.clone();
         directory.unwrap_or_else(of_its_own).join("ca.pem")
+    }
+
+    /// Starts a replica of this server, which asks for no password; returns when it has everything.
+    pub async fn start_replica(&self) -> Self {
+        let at_once = ["CONFIG", "SET", "repl-diskless-sync-delay", "0"];
+        self.command::<()>(&at_once).await;
+        let replica = Self::start().await;
+        let port = self.port.to_string();
+        replica
+            .command::<()>(&["REPLICAOF", "127.0.0.1", &port])
+            .await;
+        until("the replica is in sync", async || {
+            let mut commands = ::redis::pipe();
+            // A write for WAIT to be about, which leaves nothing behind.
+            commands.cmd("PUBLISH").arg("any").arg("").ignore();
+            commands.cmd("WAIT").arg(1).arg(100);
+            let mut client = self.client().await.expect("a connection");
+            let (count,): (i64,) = commands.query_async(&mut client).await.expect("a count");
+            (count == 1).then_some(())
+        })
+        .await;
+        replica
     }
 
     /// Ends the server in good order, if it runs.

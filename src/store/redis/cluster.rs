@@ -293,6 +293,11 @@ impl Cluster {
         Err(reason)
     }
 
+    /// Whether replicas must have what is written.
+    pub(super) fn waits_for_replicas(&self) -> bool {
+        self.shared.replicas > 0
+    }
+
     /// Runs a script once. Takes at most [`CONNECTION_WAIT`] and twice the timeout.
     pub(super) async fn run(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         self.run_in(self.call(), script).await
@@ -301,7 +306,7 @@ impl Cluster {
     /// The same for one whose writes replicas must have.
     pub(super) async fn write(&self, script: &Invocation<'_>) -> Result<Value, Failure> {
         let mut call = self.call();
-        call.is_write = self.shared.replicas > 0;
+        call.is_write = self.waits_for_replicas();
         self.run_in(call, script).await
     }
 

@@ -90,10 +90,18 @@ impl Connection {
         matches!(self, Self::Cluster(_))
     }
 
+    /// Whether replicas must have what is written.
+    pub(super) fn waits_for_replicas(&self) -> bool {
+        match self {
+            Self::One { writers, .. } => writers.is_some(),
+            Self::Cluster(cluster) => cluster.waits_for_replicas(),
+        }
+    }
+
     /// The Redis, if it is one and all commands, also those that write, take the same connection to it.
     pub(super) fn only(&self) -> Option<&Node> {
         match self {
-            Self::One { node, writers, .. } if writers.is_none() => Some(node),
+            Self::One { node, .. } if !self.waits_for_replicas() => Some(node),
             _ => None,
         }
     }

@@ -166,28 +166,14 @@ impl TurnStore for Redis {
             .arg(to_lua(follow.bytes_max))
             .arg(u8::from(follow.is_noted));
         let answer = self.connection().run_repeatable(&script).await;
-        let mut reply = Reply::of(answer.map_err(failure_of_read)?)?;
-        match reply.word.as_str() {
-            "turn" => {}
-            "unknown" => return Ok(None),
-            _ => return Err(refusal(reply)),
+        let followed = parse_followed(Reply::of(answer.map_err(failure_of_read)?)?)?;
+        let is_completed =
+            |followed: &Followed| matches!(followed.state, TurnState::Completed { .. });
+        if self.connection().waits_for_replicas() && followed.as_ref().is_some_and(is_completed) {
+            // To whoever is told this, the turn is acknowledged: replicas must have it, as at its end.
+            return parse_followed(self.write(&script).await?);
         }
-        let state = parse_state(&mut reply)?;
-        let next_chunk = parse_u32(&mut reply)?;
-        let more = reply.number()? == 1;
-        let mut chunks = Vec::new();
-        for value in reply.list()? {
-            match value {
-                Value::BulkString(bytes) => chunks.push(Bytes::from(bytes)),
-                other => return Err(unexpected(&other)),
-            }
-        }
-        Ok(Some(Followed {
-            state,
-            chunks,
-            next_chunk,
-            more,
-        }))
+        Ok(followed)
     }
 
     async fn orphaned_turns(&self, limit: usize) -> Result<Vec<(SessionId, TurnId)>> {
@@ -427,6 +413,30 @@ fn parse_begun(mut reply: Reply) -> Result<Begun> {
         "line full" => Ok(Begun::LineFull),
         _ => Err(refusal(reply)),
     }
+}
+
+fn parse_followed(mut reply: Reply) -> Result<Option<Followed>> {
+    match reply.word.as_str() {
+        "turn" => {}
+        "unknown" => return Ok(None),
+        _ => return Err(refusal(reply)),
+    }
+    let state = parse_state(&mut reply)?;
+    let next_chunk = parse_u32(&mut reply)?;
+    let more = reply.number()? == 1;
+    let mut chunks = Vec::new();
+    for value in reply.list()? {
+        match value {
+            Value::BulkString(bytes) => chunks.push(Bytes::from(bytes)),
+            other => return Err(unexpected(&other)),
+        }
+    }
+    Ok(Some(Followed {
+        state,
+        chunks,
+        next_chunk,
+        more,
+    }))
 }
 
 fn parse_leased(reply: &mut Reply) -> Result<Leased> {
