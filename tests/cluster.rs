@@ -10,16 +10,19 @@ use std::time::Instant;
 use chat_memory::pb::{self, watch_response::Event};
 use chat_memory::store::redis::{Redis, Settings};
 use chat_memory::store::sessions::{Fork, Forked, ListRecent, Rewind, Rewound, SessionStore as _};
+use chat_memory::store::turns::TurnStore as _;
 use chat_memory::store::{Error, List, Store as _};
 
 use harness::cluster::Cluster;
 use harness::failover::Load;
 use harness::program::{Program, run};
 use harness::provider::{Gate, Provider, Script};
+use harness::redis::Redis as Node;
 use harness::server::{
     Client, append, chat, client, contents, get, tcp_channel, tell, tell_rest, user,
 };
 use harness::stores::{batch, fill, fresh_request, read_all, session, texts};
+use harness::turns;
 use harness::wait::{LIMIT, until};
 
 async fn connect(cluster: &Cluster) -> Arc<Redis> {
@@ -186,6 +189,54 @@ async fn what_was_acknowledged_is_there_exactly_once_after_five_failovers_under_
     load.progress_of_all(20).await;
     let (_, missing) = load.check(&stores[0]).await;
     assert_eq!(missing, 0);
+}
+
+#[tokio::test]
+async fn what_a_replica_has_is_acknowledged_without_memory_and_to_followers_and_nothing_else() {
+    let cluster = Cluster::start().await;
+    let holder = connect(&cluster).await;
+    let store = connect_waiting(&cluster).await;
+    let sessions = cluster.session_on_each_master().await;
+    let replicas: Vec<&Node> = (0..cluster.nodes.len())
+        .filter(|node| sessions.iter().all(|(master, _)| master != node))
+        .map(|node| &cluster.nodes[node])
+        .collect();
+    let lease = turns::lease();
+    let key = turns::begin("t", lease).key.id;
+    for (master, name) in &sessions {
+        let id = session(name);
+        let append = batch(["1", "2"]);
+        store.append(&id, append.clone()).await.unwrap();
+        let memory = async |bytes: &str| {
+            let words = ["CONFIG", "SET", "maxmemory", bytes];
+            cluster.nodes[*master].command::<()>(&words).await;
+        };
+        memory("1").await;
+        assert!(store.append(&id, append).await.unwrap().repeated);
+        assert_eq!(store.clear(&id).await, Ok(2));
+        memory("0").await;
+
+        turns::leased(
+            holder
+                .begin_turn(&id, turns::begin("t", lease))
+                .await
+                .unwrap(),
+        );
+        replicas.iter().for_each(|replica| replica.pause());
+        let end = turns::end(key, lease.token, &["q", "a"]);
+        let completed = holder.end_turn(&id, end).await.unwrap();
+        let followed = store.follow_turn(&id, turns::follow(key)).await;
+        assert!(
+            matches!(followed, Err(Error::OutcomeUnknown(_))),
+            "{followed:?}"
+        );
+        replicas.iter().for_each(|replica| replica.resume());
+        let followed = until("a replica has it", async || {
+            store.follow_turn(&id, turns::follow(key)).await.ok()
+        })
+        .await;
+        assert_eq!(followed.unwrap().state, completed);
+    }
 }
 
 #[tokio::test]

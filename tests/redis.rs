@@ -2977,6 +2977,30 @@ async fn a_redis_without_memory_stores_nothing_and_can_be_read_and_cleared() {
 }
 
 #[tokio::test]
+async fn without_memory_what_a_replica_has_is_acknowledged_and_nothing_else() {
+    let redis = Redis::start().await;
+    let replica = redis.start_replica().await;
+    let store = store_that_waits(&redis).await;
+    append(&store, &["a", "b", "c"]).await;
+    let _: Value = redis.command(&["CONFIG", "SET", "maxmemory", "1"]).await;
+
+    assert!(append(&store, &["a", "b", "c"]).await.repeated);
+    assert_eq!(rewind(&store, "r", 1).await, Rewound::Done { count: 2 });
+    let result = store.append(&session(), appending(&["d"])).await;
+    assert!(matches!(result, Err(Error::Full(_))), "{result:?}");
+    assert_eq!(replica.command::<i64>(&["LLEN", LIST]).await, 1);
+    assert_eq!(store.clear(&session()).await, Ok(1));
+    assert_eq!(replica.command::<i64>(&["LLEN", LIST]).await, 0);
+
+    replica.pause();
+    let result = store.clear(&session()).await;
+    assert!(
+        matches!(result, Err(Error::OutcomeUnknown(_))),
+        "{result:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_redis_that_refuses_writes_can_be_read() {
     let (redis, store) = start().await;
     append(&store, &["a"]).await;

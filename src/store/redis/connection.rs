@@ -634,6 +634,10 @@ impl Node {
     }
 }
 
+/// Writes what has no meaning. Redis refuses SET when it is out of memory, but not to a script that has
+/// written, as PERSIST counts even where it changes nothing.
+const MARK: &str = "redis.call('PERSIST', KEYS[1]) return redis.call('SET', KEYS[1], '', 'PX', 1)";
+
 /// How many replicas must have what was written, and how long they get.
 #[derive(Clone)]
 pub(super) struct Copied {
@@ -650,7 +654,7 @@ impl Copied {
         if asks {
             pipeline.cmd("ASKING");
         }
-        pipeline.cmd("SET").arg(mark).arg("").arg("PX").arg(1);
+        pipeline.cmd("EVAL").arg(MARK).arg(1).arg(mark);
         let limit_ms = u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX);
         pipeline.cmd("WAIT").arg(self.replicas).arg(limit_ms.max(1));
     }
