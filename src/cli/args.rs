@@ -140,7 +140,8 @@ In the terminal:
   Ctrl-D or /quit leaves. /help names the other commands.
 
 An answer goes on in the server when the terminal dies. If stdin is not a terminal, each line is
-one message, an answer stops when this program ends, and the exit code is 1 if one failed.";
+one message, an answer stops when this program ends, and the exit code is 1 if one failed. A line that
+begins with / is a command there, too: write // where a message begins with /.";
 
 /// Talks to the model in a session, through the server.
 #[derive(Debug, Clone, Args)]
