@@ -26,6 +26,7 @@ use chat_memory::store::{
 };
 use chat_memory::tokens::Tokenizer;
 use chat_memory::window::Purpose;
+use futures_util::future::join_all;
 use harness::failover::Load;
 use harness::proxy::{Mode, Proxy};
 use harness::redis::{Options, Redis};
@@ -2461,6 +2462,46 @@ async fn a_list_can_be_filtered_and_follows_what_is_said() {
     );
     assert_eq!(filtered("", &[("parity", "none")]).await, ["b*:07"]);
     assert_eq!(filtered("", &[]).await[0], "b*:07");
+}
+
+fn metadata(key: &str, value: &str) -> BTreeMap<String, String> {
+    [(key.to_owned(), value.to_owned())].into()
+}
+
+fn describing(metadata: BTreeMap<String, String>) -> Update {
+    Update {
+        metadata: Some(metadata),
+        ..Update::default()
+    }
+}
+
+/// The sessions that a list finds by their metadata.
+async fn found_by(store: &RedisStore, metadata: BTreeMap<String, String>) -> Vec<String> {
+    let list = ListRecent {
+        metadata,
+        ..listing(10)
+    };
+    walk(store, list).await
+}
+
+#[tokio::test]
+async fn of_metadata_that_many_set_at_once_the_last_are_found() {
+    let redis = Redis::start().await;
+    let stores = [store_at(redis.url()).await, store_at(redis.url()).await];
+    for n in 0..60 {
+        let id = &SessionId::parse(format!("s{n}")).unwrap();
+        stores[0].append(id, appending(&["x"])).await.unwrap();
+        let updates = (0..6).map(|i| {
+            let update = describing(metadata("k", &format!("{n}-{i}")));
+            stores[i % 2].update_session(id, update)
+        });
+        for updated in join_all(updates).await {
+            updated.unwrap().unwrap();
+        }
+        let seen = stores[0].look(id, Look::default()).await.unwrap();
+        let found = found_by(&stores[1], seen.about.metadata).await;
+        assert_eq!(found, [id.to_string()]);
+    }
 }
 
 /// Makes `count` lists and their entries in the index, `same` of them at a time with one score; and

@@ -161,13 +161,13 @@ impl Index {
         answer.map(drop).map_err(failure_of_read)
     }
 
-    /// Enters a session under these pairs, which it had at that time, and no others.
+    /// Enters a session under these pairs, which it had in that version of its metadata, and no others.
     pub(super) async fn settle(
         &self,
         session: &SessionId,
         length: i64,
         pairs: &[String],
-        at_ms: UnixMillis,
+        version: i64,
     ) -> Result<()> {
         let entries = &self.entries;
         let mut script = Invocation::new(&entries.scripts.index_settle, &entries.script_keys());
@@ -175,7 +175,7 @@ impl Index {
             .arg(&entries.keys.of_pair)
             .arg(session.as_str())
             .arg(score(now_ms(), length))
-            .arg(at_ms);
+            .arg(version);
         for pair in pairs {
             script.arg(pair);
         }

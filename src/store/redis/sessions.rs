@@ -13,7 +13,7 @@ use super::invocation::Invocation;
 use super::layout::Keys;
 use super::turns::{parse_state, parse_turn, parse_u32};
 use super::{Redis, Reply, SEQUENCE_MAX, failure_of_read, failure_of_write, optional, unexpected};
-use crate::message::{SessionId, UnixMillis, now_ms};
+use crate::message::{SessionId, now_ms};
 use crate::store::sessions::{
     About, FORK_STEP, Fork, Forked, LOOKED_AT_MAX, ListRecent, Look, Origin, RecentPage, Rewind,
     Rewound, Seen, SessionStore, Turn, Update,
@@ -38,7 +38,7 @@ impl SessionStore for Redis {
             .arg(u8::from(look.with_request));
         let answer = self.connection().run_repeatable(&script);
         let (answer, active_ms) = tokio::join!(answer, self.index.active_ms(session));
-        let mut seen = parse_seen(Reply::of(answer.map_err(failure_of_read)?)?)?;
+        let (mut seen, _) = parse_seen(Reply::of(answer.map_err(failure_of_read)?)?)?;
         if seen.count > 0 {
             seen.active_ms = active_ms;
         }
@@ -59,16 +59,15 @@ impl SessionStore for Redis {
             let ttl_ms = ttl_ms.map_or_else(String::new, |ttl_ms| ttl_ms.to_string());
             script.arg("ttl").arg(ttl_ms);
         }
-        let at_ms = now_ms();
         let reply = self.write(&script).await?;
         if reply.word == "empty" {
             return Ok(None);
         }
-        let mut seen = parse_seen(reply)?;
+        let (mut seen, version) = parse_seen(reply)?;
         seen.active_ms = Some(now_ms());
         self.wrote(session);
         if update.metadata.is_some() {
-            self.settle(session, &seen, at_ms).await;
+            self.settle(session, &seen, version).await;
         }
         Ok(Some(seen))
     }
@@ -295,18 +294,17 @@ impl Redis {
             .arg(title)
             .arg(metadata_text(&metadata))
             .arg(origin_text(session, fork, source.floor));
-        let at_ms = now_ms();
         let reply = self.write(&script).await?;
         match reply.word.as_str() {
             "exists" => return Ok(Forked::Exists),
             "changed" => return Ok(Forked::Changed),
             _ => {}
         }
-        let mut seen = parse_seen(reply)?;
+        let (mut seen, version) = parse_seen(reply)?;
         seen.active_ms = Some(now_ms());
         self.wrote(&fork.to);
         if !pairs.is_empty() {
-            self.settle(&fork.to, &seen, at_ms).await;
+            self.settle(&fork.to, &seen, version).await;
         }
         Ok(Forked::Done(Box::new(seen)))
     }
@@ -326,9 +324,12 @@ impl Redis {
 
     /// Brings the index up to date with a session's metadata. If that fails, it is found by those
     /// that it had, too; who finds it looks.
-    async fn settle(&self, session: &SessionId, seen: &Seen, at_ms: UnixMillis) {
+    async fn settle(&self, session: &SessionId, seen: &Seen, version: i64) {
         let pairs = hashes(&seen.about.metadata);
-        let _ = self.index.settle(session, seen.count, &pairs, at_ms).await;
+        let _ = self
+            .index
+            .settle(session, seen.count, &pairs, version)
+            .await;
     }
 
     /// Looks at sessions; `None` of one that cannot be looked at, as its keys are no session's.
@@ -347,7 +348,7 @@ impl Redis {
             .await;
         let values = answer.map_err(failure_of_read)?;
         let seen = |value| match parse_seen(Reply::of(value)?) {
-            Ok(seen) => Ok(Some(seen)),
+            Ok((seen, _)) => Ok(Some(seen)),
             Err(Error::WrongKeyType { .. } | Error::Corrupt(_)) => Ok(None),
             Err(error) => Err(error),
         };
@@ -401,8 +402,8 @@ fn parse_origin(text: &str) -> Option<Origin> {
     Some(Origin { session, sequence })
 }
 
-/// Reads what `scripts/seen.lua` draws.
-fn parse_seen(mut reply: Reply) -> Result<Seen> {
+/// Reads what `scripts/seen.lua` draws; besides, the version of the metadata.
+fn parse_seen(mut reply: Reply) -> Result<(Seen, i64)> {
     if reply.word != "seen" {
         return Err(reply.refusal());
     }
@@ -434,7 +435,7 @@ fn parse_seen(mut reply: Reply) -> Result<Seen> {
     if let Value::Array(values) = reply.next() {
         seen.turn = Some(parse_last_turn(values)?);
     }
-    Ok(seen)
+    Ok((seen, reply.number()?))
 }
 
 fn parse_last_turn(values: Vec<Value>) -> Result<Turn> {

@@ -56,5 +56,8 @@ for index, name in ipairs({ 'title', 'metadata', 'origin' }) do
   end
 end
 redis.call('HDEL', SESSION, 'ttl')
+if ARGV[3] ~= '' then
+  raise_version(session)
+end
 ring()
 return seen(session, turn, 0)

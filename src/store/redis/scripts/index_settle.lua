@@ -5,7 +5,7 @@
 --   1  what the names of the keys of pairs begin with
 --   2  the session
 --   3  its score
---   4  when its metadata were read, in ms: what was read later stands
+--   4  the version of its metadata: a later one stands
 --   5… its pairs, hashed
 
 local KEY_OF_PAIR, session, version = ARGV[1], ARGV[2], tonumber(ARGV[4])
@@ -13,7 +13,7 @@ redis.call('ZADD', KEYS[1], 'GT', ARGV[3], session)
 redis.call('ZADD', KEYS[2], 0, session)
 local old = redis.call('HGET', KEYS[3], session)
 if old then
-  if tonumber(string.match(old, '^%d+')) > version then
+  if tonumber(string.match(old, '^%d+')) >= version then
     return { 'settled' }
   end
   for pair in string.gmatch(old, ' (%x+)') do

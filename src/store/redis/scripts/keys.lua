@@ -31,6 +31,9 @@
 --               to live, else `+` if the other day may have records
 --   ttl         how long the session lives after its last write, in ms; 0 for ever
 --   title, metadata, origin   what is said of the session; scripts do not look into it
+--   version     numbers the changes of the metadata, for the index: rises with each, and is at least
+--               the time of the last in ms, so that it rises also where the facts have gone. Outlives
+--               the metadata; absent if there were none, or only such as an older server has set
 --
 -- Record: fingerprint (its first 4 bytes), the caller's time (6 bytes, big-endian), the first sequence
 -- (decimal) and, if it is not 1, `:` and the count. Small, since there is one for each write. 8 bytes

@@ -2,7 +2,8 @@
 --
 -- Seen, in replies:
 --
---   { 'seen', count, first, last, epoch, floor, title, metadata, ttl, origin, expires_at, turn }
+--   { 'seen', count, first, last, epoch, floor, title, metadata, ttl, origin, expires_at, turn,
+--     version }
 --     first, last        sequences; 0 if there are none
 --     floor              the greatest sequence of an element at or before one asked for; 0 if there
 --                        is none
@@ -11,6 +12,7 @@
 --     turn               that which runs, or else the last: { turn, name, attempt, state, request },
 --                        the request '' unless it was asked for and the turn has not completed; ''
 --                        if there is none
+--     version            of the metadata; 0 if they have none
 
 -- The turn to tell of. Returns nil and what the script must return if that could not be found out.
 local function last_turn_of(session, with_request)
@@ -33,8 +35,14 @@ local function last_turn_of(session, with_request)
   return { turn, record.name, record.attempt, state_of(record, session.now), request or '' }
 end
 
+-- Gives the metadata, which have changed, their next version.
+local function raise_version(session)
+  local version = tonumber(redis.call('HGET', SESSION, 'version') or '') or 0
+  redis.call('HSET', SESSION, 'version', decimal(math.max(version + 1, session.now)))
+end
+
 local function seen(session, turn, at)
-  local facts = redis.call('HMGET', SESSION, 'title', 'metadata', 'ttl', 'origin')
+  local facts = redis.call('HMGET', SESSION, 'title', 'metadata', 'ttl', 'origin', 'version')
   if session.is_cleared or session.has_expired then
     -- They may be there still, if Redis refuses writes.
     facts = {}
@@ -48,5 +56,6 @@ local function seen(session, turn, at)
     end
   end
   return { 'seen', session.length, first, session.last, session.epoch, floor,
-    facts[1] or '', facts[2] or '', facts[3] or '', facts[4] or '', session.expires_at or '', turn }
+    facts[1] or '', facts[2] or '', facts[3] or '', facts[4] or '', session.expires_at or '', turn,
+    tonumber(facts[5] or '') or 0 }
 end

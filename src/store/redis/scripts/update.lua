@@ -34,7 +34,9 @@ for index = 1, #ARGV, 2 do
   else
     redis.call('HSET', SESSION, ARGV[index], ARGV[index + 1])
   end
-  if ARGV[index] == 'ttl' then
+  if ARGV[index] == 'metadata' then
+    raise_version(session)
+  elseif ARGV[index] == 'ttl' then
     if session.ttl and ARGV[index + 1] == '' and session.expires_at then
       -- The expiry is one that we have set.
       redis.call('PERSIST', LIST)
