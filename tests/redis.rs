@@ -150,12 +150,13 @@ fn show(page: &Page) -> String {
 }
 
 /// The index of sessions, which is written a moment after the sessions.
-const INDEX: [&str; 5] = [
+const INDEX: [&str; 6] = [
     "{message_store:}:sessions",
     "{message_store:}:names",
     "{message_store:}:pairs",
     "{message_store:}:pair:",
     "{message_store:}:round",
+    "{message_store:}:announced",
 ];
 
 /// All that a server holds but the index: each key, and its contents as DUMP gives them.
@@ -972,7 +973,7 @@ async fn appends_that_come_at_once_go_together_and_each_comes_to_its_own() {
         }
         store.append(id, append)
     });
-    let answers = futures_util::future::join_all(appends).await;
+    let answers = join_all(appends).await;
     let (of_clients, _) = monitor.commands(&redis).await;
     assert!(of_clients.len() <= 4, "{} calls", of_clients.len());
 
@@ -2484,11 +2485,19 @@ async fn found_by(store: &RedisStore, metadata: BTreeMap<String, String>) -> Vec
     walk(store, list).await
 }
 
+/// What there is of metadata in the index: sets of sessions by pair, and what is announced.
+async fn entered(redis: &Redis) -> Vec<String> {
+    let mut keys: Vec<String> = redis.command(&["KEYS", "{message_store:}:*"]).await;
+    keys.retain(|key| key.starts_with(INDEX[3]) || key == INDEX[5]);
+    keys
+}
+
 #[tokio::test]
-async fn of_metadata_that_many_set_at_once_the_last_are_found() {
+async fn of_metadata_that_many_set_at_once_the_last_are_found_and_no_others_stay_in_the_index() {
     let redis = Redis::start().await;
     let stores = [store_at(redis.url()).await, store_at(redis.url()).await];
-    for n in 0..60 {
+    let sessions = 60;
+    for n in 0..sessions {
         let id = &SessionId::parse(format!("s{n}")).unwrap();
         stores[0].append(id, appending(&["x"])).await.unwrap();
         let updates = (0..6).map(|i| {
@@ -2502,6 +2511,142 @@ async fn of_metadata_that_many_set_at_once_the_last_are_found() {
         let found = found_by(&stores[1], seen.about.metadata).await;
         assert_eq!(found, [id.to_string()]);
     }
+    assert_eq!(entered(&redis).await.len(), sessions);
+}
+
+#[tokio::test]
+async fn metadata_that_a_session_did_not_get_leave_the_index() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let update = describing(metadata("k", "v"));
+    store.update_session(&session(), update).await.unwrap();
+    let of_session = entered(&redis).await;
+    assert_eq!(of_session.len(), 1);
+
+    // There is no such session, it has other keys, or Redis takes nothing.
+    let other = SessionId::parse("other").unwrap();
+    for pair in [metadata("k", "v"), metadata("k", "new")] {
+        let nothing = store.update_session(&other, describing(pair)).await;
+        assert_eq!(nothing, Ok(None));
+        assert_eq!(entered(&redis).await, of_session);
+    }
+    let _: Value = redis.command(&["SET", "message_store:other", "text"]).await;
+    let update = describing(metadata("k", "new"));
+    let refused = store.update_session(&other, update).await;
+    assert!(matches!(refused, Err(Error::WrongKeyType { .. })));
+    assert_eq!(entered(&redis).await, of_session);
+
+    // What the session has stays, although a change that names it is refused.
+    let _: i64 = redis.command(&["HSET", FACTS, "base", "x"]).await;
+    let mut both = metadata("k", "v");
+    both.extend(metadata("l", "new"));
+    let refused = store.update_session(&session(), describing(both)).await;
+    assert!(matches!(refused, Err(Error::Corrupt(_))));
+    assert_eq!(entered(&redis).await, of_session);
+    let _: i64 = redis.command(&["HSET", FACTS, "base", "0"]).await;
+    assert_eq!(found_by(&store, metadata("k", "v")).await, ["s"]);
+}
+
+#[tokio::test]
+async fn a_fork_that_comes_to_nothing_leaves_no_metadata_in_the_index() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let slow = store_at(proxy.redis_url()).await;
+    let store = store_at(redis.url()).await;
+    append(&store, &["a"]).await;
+    let update = describing(metadata("k", "v"));
+    store.update_session(&session(), update).await.unwrap();
+    let of_session = entered(&redis).await;
+
+    proxy.set(Mode::Delay(Duration::from_millis(200)));
+    let (session, new) = (session(), SessionId::parse("new").unwrap());
+    let forking = slow.fork(&session, forking("new", None));
+    let others = async {
+        eventually("it is announced", async || {
+            redis.command::<i64>(&["SCARD", &of_session[0]]).await == 2
+        })
+        .await;
+        store.append(&new, appending(&["theirs"])).await.unwrap();
+    };
+    let (forked, ()) = tokio::join!(forking, others);
+    assert_eq!(forked, Ok(Forked::Exists));
+    let members: Vec<String> = redis.command(&["SMEMBERS", &of_session[0]]).await;
+    assert_eq!(members, ["s"]);
+    assert_eq!(entered(&redis).await, of_session);
+}
+
+#[tokio::test]
+async fn what_a_server_announced_and_never_settled_is_settled_by_a_round() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let update = describing(metadata("k", "v"));
+    store.update_session(&session(), update).await.unwrap();
+    let of_session = entered(&redis).await;
+    let pair = of_session[0].strip_prefix(INDEX[3]).unwrap();
+
+    // One died before it had written anything, of a session that is none; one after it had.
+    let gone = "00112233445566778899aabbccddeeff";
+    let set = format!("{}{gone}", INDEX[3]);
+    let _: i64 = redis.command(&["SADD", &set, "gone", "s"]).await;
+    let _: i64 = redis.command(&["DEL", INDEX[2]]).await;
+    for (id, open) in [
+        ("gone", format!("a1:1000:{gone}")),
+        ("s", format!("a2:1000:{gone} a3:2000:{gone},{pair}")),
+    ] {
+        let _: i64 = redis.command(&["HSET", INDEX[5], id, &open]).await;
+    }
+    eventually("nothing is announced any more", async || {
+        redis.command::<i64>(&["EXISTS", INDEX[5]]).await == 0
+    })
+    .await;
+    assert_eq!(entered(&redis).await, of_session);
+    let known: Vec<String> = redis.command(&["HKEYS", INDEX[2]]).await;
+    assert_eq!(known, ["s"]);
+    assert_eq!(found_by(&store, metadata("k", "v")).await, ["s"]);
+}
+
+#[tokio::test]
+async fn an_update_whose_reply_is_lost_for_good_is_found_by_what_it_may_have_set() {
+    let redis = Redis::start().await;
+    let proxy = Proxy::start(redis.address()).await;
+    let store = store_at(proxy.redis_url()).await;
+    append(&store, &["a"]).await;
+    // Redis knows the script: what is lost is the answer to running it.
+    let update = describing(metadata("k", "v"));
+    store.update_session(&session(), update).await.unwrap();
+    proxy.set(Mode::Refuse);
+    proxy.lose_reply_to(b"precious");
+    let update = describing(metadata("k", "precious"));
+    let result = bounded(store.update_session(&session(), update)).await;
+    assert!(
+        matches!(result, Err(Error::OutcomeUnknown(_))),
+        "{result:?}"
+    );
+    proxy.set(Mode::Forward);
+    store.ready(LIMIT).await.unwrap();
+    assert_eq!(found_by(&store, metadata("k", "precious")).await, ["s"]);
+}
+
+#[tokio::test]
+async fn metadata_of_the_version_before_are_found_until_they_are_changed() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let update = describing(metadata("k", "old"));
+    store.update_session(&session(), update).await.unwrap();
+    // It has numbered them by the server's clock, and kept no number with the session.
+    let before = entered(&redis).await;
+    let known: String = redis.command(&["HGET", INDEX[2], "s"]).await;
+    let old = format!("{} {}", unix_ms(&redis).await - 1_000, &known[14..]);
+    let _: i64 = redis.command(&["HSET", INDEX[2], "s", &old]).await;
+    let _: i64 = redis.command(&["HDEL", FACTS, "version"]).await;
+    assert_eq!(found_by(&store, metadata("k", "old")).await, ["s"]);
+
+    let update = describing(metadata("k", "new"));
+    store.update_session(&session(), update).await.unwrap();
+    assert_eq!(found_by(&store, metadata("k", "new")).await, ["s"]);
+    assert_eq!(found_by(&store, metadata("k", "old")).await, [""; 0]);
+    let after = entered(&redis).await;
+    assert_eq!((after.len(), after == before), (1, false));
 }
 
 /// Makes `count` lists and their entries in the index, `same` of them at a time with one score; and

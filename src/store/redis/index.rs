@@ -6,10 +6,14 @@
 //! to; what others do is found in rounds (`Entries::round`), which one server at a time makes. Who
 //! lists sessions looks at each, so that what is wrong in the index costs a look and no more.
 //!
+//! Metadata are announced to the index before the session gets them, and settled after that, by
+//! their version. What was announced is written down: where the call did not come to its end, a
+//! round looks at the session and settles it.
+//!
 //! The score of a session is the time of its last write in ms, and, below that, its length modulo
 //! 2,048: so a round sees which lists have changed, with one LLEN each.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -22,11 +26,12 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::connection::Failure;
 use super::invocation::Invocation;
-use super::layout::{IndexKeys, Scripts, pattern};
+use super::layout::{IndexKeys, Keys, Scripts, pattern};
 use super::router::Connection;
-use super::{failure_of_read, unexpected};
+use super::sessions::parse_seen;
+use super::{Reply, failure_of_read, unexpected};
 use crate::message::{SessionId, UnixMillis, now_ms};
-use crate::store::sessions::LOOKED_AT_MAX;
+use crate::store::sessions::{LOOKED_AT_MAX, Seen};
 use crate::store::{Error, Result};
 
 /// How long a write waits to be entered together with others.
@@ -50,6 +55,9 @@ const ROUND_MAX: Duration = Duration::from_secs(45);
 const ROUND_KEYS_PER_S_MAX: u64 = 25_000;
 /// How long after its start a server makes its first round.
 const ROUND_AFTER: Duration = Duration::from_secs(1);
+/// How long after an announcement nobody is at work on it any more: more than its call takes with the
+/// longest timeout that the program allows, a minute.
+const LEFT_AFTER_MS: UnixMillis = 5 * 60 * 1000;
 /// How many bits of a score are the length's.
 const LENGTH_BITS: u32 = 11;
 
@@ -86,6 +94,9 @@ pub(super) struct Index {
     entries: Arc<Entries>,
     _tasks: [AbortOnDropHandle<()>; 2],
 }
+
+/// Names what a call has announced.
+pub(super) struct Announced(String);
 
 /// What the tasks work on.
 struct Entries {
@@ -146,41 +157,49 @@ impl Index {
         scores.first()?.map(|score| score >> LENGTH_BITS)
     }
 
-    /// Enters a session under pairs besides those that it is entered under. Comes before the session
-    /// gets them: until [`Index::settle`], it is found under both.
-    pub(super) async fn announce(&self, session: &SessionId, pairs: &[String]) -> Result<()> {
-        if pairs.is_empty() {
-            return Ok(());
+    /// Enters a session under metadata besides what it is entered under. Comes before the session
+    /// gets them: until [`Index::settle`] or [`Index::take_back`], it is found under both.
+    pub(super) async fn announce(
+        &self,
+        session: &SessionId,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Announced> {
+        if metadata.is_empty() {
+            return Ok(Announced(String::new()));
         }
-        let mut commands = redis::pipe();
-        for pair in pairs {
-            commands.cmd("SADD").arg(self.key_of_pair(pair));
-            commands.arg(session.as_str());
-        }
-        let answer = self.entries.connection.query(&commands).await;
-        answer.map(drop).map_err(failure_of_read)
+        let entries = &self.entries;
+        let token = format!("{:032x}", rand::random::<u128>());
+        let mut script = entries.invocation(&entries.scripts.index_announce);
+        script.arg(session.as_str()).arg(&token).arg(now_ms());
+        script.arg(hashes(metadata));
+        let answer = entries.connection.run_repeatable(&script).await;
+        answer.map_err(failure_of_read)?;
+        Ok(Announced(token))
     }
 
-    /// Enters a session under these pairs, which it had in that version of its metadata, and no others.
+    /// Enters a session under the metadata that it has in that version, and no others but what is
+    /// announced. If that fails, a round does it.
     pub(super) async fn settle(
         &self,
         session: &SessionId,
-        length: i64,
-        pairs: &[String],
+        announced: Announced,
+        seen: &Seen,
         version: i64,
-    ) -> Result<()> {
+    ) {
+        let score = score(now_ms(), seen.count);
+        let pairs = hashes(&seen.about.metadata);
         let entries = &self.entries;
-        let mut script = Invocation::new(&entries.scripts.index_settle, &entries.script_keys());
-        script
-            .arg(&entries.keys.of_pair)
-            .arg(session.as_str())
-            .arg(score(now_ms(), length))
-            .arg(version);
-        for pair in pairs {
-            script.arg(pair);
+        let _ = entries
+            .settle(session, &announced.0, score, version, &pairs)
+            .await;
+    }
+
+    /// Takes a session out from under what was announced and what it did not get. If that fails, a
+    /// round does it.
+    pub(super) async fn take_back(&self, session: &SessionId, announced: Announced) {
+        if !announced.0.is_empty() {
+            let _ = self.entries.settle(session, &announced.0, 0, 0, &[]).await;
         }
-        let answer = entries.connection.run_repeatable(&script).await;
-        answer.map(drop).map_err(failure_of_read)
     }
 
     /// Takes sessions out that were found to be gone, unless they have been written to since.
@@ -309,8 +328,13 @@ impl Index {
     }
 }
 
-/// A pair of metadata as the index knows it: it need not be taken apart again, and may be long.
-pub(super) fn hash_of_pair(key: &str, value: &str) -> String {
+/// Metadata as the index knows them.
+pub(super) fn hashes(metadata: &BTreeMap<String, String>) -> Vec<String> {
+    metadata.iter().map(|(k, v)| hash_of_pair(k, v)).collect()
+}
+
+/// A pair of metadata: it need not be taken apart again, and may be long.
+fn hash_of_pair(key: &str, value: &str) -> String {
     let mut digest = Sha256::new();
     digest.update((key.len() as u64).to_be_bytes());
     digest.update(key.as_bytes());
@@ -327,8 +351,13 @@ impl Entries {
         self.noted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn script_keys(&self) -> [&str; 3] {
-        [&self.keys.sessions, &self.keys.names, &self.keys.pairs]
+    /// A call of a script on the index.
+    fn invocation<'a>(&self, script: &'a redis::Script) -> Invocation<'a> {
+        let keys = &self.keys;
+        let keys = [&keys.sessions, &keys.names, &keys.pairs, &keys.announced];
+        let mut script = Invocation::new(script, &keys);
+        script.arg(&self.keys.of_pair);
+        script
     }
 
     fn list(&self, session: &SessionId) -> String {
@@ -393,14 +422,29 @@ impl Entries {
 
     async fn forget(&self, gone: &[Entry]) -> std::result::Result<(), Failure> {
         for gone in gone.chunks(STEP) {
-            let mut script = Invocation::new(&self.scripts.index_forget, &self.script_keys());
-            script.arg(&self.keys.of_pair);
+            let mut script = self.invocation(&self.scripts.index_forget);
             for entry in gone {
                 script.arg(entry.session.as_str()).arg(entry.score);
             }
             self.connection.run_repeatable(&script).await?;
         }
         Ok(())
+    }
+
+    /// Enters a session under these pairs, unless others of a later version are entered, and closes an
+    /// announcement.
+    async fn settle(
+        &self,
+        session: &SessionId,
+        token: &str,
+        score: i64,
+        version: i64,
+        pairs: &[String],
+    ) -> std::result::Result<(), Failure> {
+        let mut script = self.invocation(&self.scripts.index_settle);
+        script.arg(session.as_str()).arg(token).arg(score);
+        script.arg(version).arg(pairs);
+        self.connection.run_repeatable(&script).await.map(drop)
     }
 
     async fn flush_for_ever(&self) {
@@ -506,6 +550,7 @@ impl Entries {
         if self.query(&commands).await?.first() != Some(&Value::Int(found)) {
             self.find_gone(pause).await?;
         }
+        self.find_left().await?;
         Ok(period.saturating_sub(began.elapsed()) + Duration::from_millis(10))
     }
 
@@ -606,6 +651,62 @@ impl Entries {
             time::sleep_until(began + pause).await;
         }
     }
+
+    /// Settles what was announced by calls that did not come to their end. Mostly there is none.
+    async fn find_left(&self) -> std::result::Result<(), Failure> {
+        let mut cursor = "0".to_owned();
+        loop {
+            let mut commands = redis::pipe();
+            commands.cmd("HSCAN").arg(&self.keys.announced).arg(&cursor);
+            commands.arg("COUNT").arg(STEP);
+            let value = self.query(&commands).await?.into_iter().next();
+            let Ok((next, fields)) = super::inspect::parse_scan(value.unwrap_or_default()) else {
+                return Ok(());
+            };
+            for field in fields.chunks_exact(2) {
+                let [session, announced] = [0, 1].map(|n| String::from_utf8_lossy(&field[n]));
+                let Ok(session) = SessionId::parse(session) else {
+                    continue;
+                };
+                for token in announced.split(' ').filter_map(token_of_left) {
+                    self.settle_by_look(&session, token).await?;
+                }
+            }
+            if next == "0" {
+                return Ok(());
+            }
+            cursor = next;
+        }
+    }
+
+    /// Closes an announcement, and enters the session under the metadata that it has.
+    async fn settle_by_look(
+        &self,
+        session: &SessionId,
+        token: &str,
+    ) -> std::result::Result<(), Failure> {
+        let keys = Keys::new(&self.prefix, session);
+        let mut script = Invocation::new(&self.scripts.look, &keys.in_order());
+        script.arg(0).arg(0);
+        let value = self.connection.run_repeatable(&script).await?;
+        match Reply::of(value).and_then(parse_seen) {
+            Ok((seen, version)) if seen.count > 0 => {
+                let entered = self.scores(&[session]).await?.into_iter().flatten().next();
+                let score = entered.unwrap_or_else(|| score(now_ms(), seen.count));
+                let pairs = hashes(&seen.about.metadata);
+                self.settle(session, token, score, version, &pairs).await
+            }
+            _ => self.settle(session, token, 0, 0, &[]).await,
+        }
+    }
+}
+
+/// The token of an announcement, as `scripts/index.lua` keeps them, if nobody is at work on it.
+fn token_of_left(announced: &str) -> Option<&str> {
+    let (token, rest) = announced.split_once(':')?;
+    let (at_ms, _) = rest.split_once(':')?;
+    let at_ms: UnixMillis = at_ms.parse().ok()?;
+    (at_ms.saturating_add(LEFT_AFTER_MS) < now_ms()).then_some(token)
 }
 
 fn parse_score(value: &Value) -> Option<i64> {

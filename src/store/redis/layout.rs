@@ -93,8 +93,10 @@ pub(super) struct IndexKeys {
     pub(super) sessions: String,
     /// A sorted set: each session, with the same score, so that they are in the order of their names.
     pub(super) names: String,
-    /// A hash: the pairs of each session that has metadata, hashed.
+    /// A hash: the pairs of each session whose metadata were set, hashed, and their version.
     pub(super) pairs: String,
+    /// A hash: the pairs that calls are about to give each session.
+    pub(super) announced: String,
     /// What the names of sets begin with that hold the sessions that have a pair, hashed.
     pub(super) of_pair: String,
     /// There while a server brings the index up to date, and until another may do so again.
@@ -108,6 +110,7 @@ impl IndexKeys {
             sessions: key("sessions"),
             names: key("names"),
             pairs: key("pairs"),
+            announced: key("announced"),
             of_pair: key("pair:"),
             round: key("round"),
         }
@@ -146,6 +149,7 @@ pub(super) struct Scripts {
     pub(super) fork_add: Script,
     pub(super) fork_end: Script,
     pub(super) peek: Script,
+    pub(super) index_announce: Script,
     pub(super) index_settle: Script,
     pub(super) index_forget: Script,
     pub(super) turn_begin: Script,
@@ -192,6 +196,8 @@ impl Scripts {
         let light_script = |body: &str| Script::new(&format!("{limits}{base}{of_turns}{body}"));
         let seen = include_str!("scripts/seen.lua");
         let telling_script = |body: &str| Script::new(&format!("{common}{of_turns}{seen}{body}"));
+        let index = include_str!("scripts/index.lua");
+        let index_script = |body: &str| Script::new(&[index, body].concat());
         Self {
             append,
             read: script(include_str!("scripts/read.lua")),
@@ -203,8 +209,9 @@ impl Scripts {
             fork_add: Script::new(include_str!("scripts/fork_add.lua")),
             fork_end: telling_script(include_str!("scripts/fork_end.lua")),
             peek: Script::new(include_str!("scripts/peek.lua")),
-            index_settle: Script::new(include_str!("scripts/index_settle.lua")),
-            index_forget: Script::new(include_str!("scripts/index_forget.lua")),
+            index_announce: index_script(include_str!("scripts/index_announce.lua")),
+            index_settle: index_script(include_str!("scripts/index_settle.lua")),
+            index_forget: index_script(include_str!("scripts/index_forget.lua")),
             turn_begin: turn_script(include_str!("scripts/turn_begin.lua")),
             turn_take: light_script(include_str!("scripts/turn_take.lua")),
             turn_keep: Script::new(&format!(

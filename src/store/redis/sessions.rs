@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use redis::Value;
 
 use super::append::{request_field, stamp};
-use super::index::{Entry, hash_of_pair};
+use super::index::{Entry, hashes};
 use super::invocation::Invocation;
 use super::layout::Keys;
 use super::turns::{parse_state, parse_turn, parse_u32};
@@ -51,25 +51,18 @@ impl SessionStore for Redis {
             script.arg("title").arg(title);
         }
         if let Some(metadata) = &update.metadata {
-            // Found before it has them, so that it is never missed once it has.
-            self.index.announce(session, &hashes(metadata)).await?;
             script.arg("metadata").arg(metadata_text(metadata));
         }
         if let Some(ttl_ms) = update.ttl_ms {
             let ttl_ms = ttl_ms.map_or_else(String::new, |ttl_ms| ttl_ms.to_string());
             script.arg("ttl").arg(ttl_ms);
         }
-        let reply = self.write(&script).await?;
-        if reply.word == "empty" {
-            return Ok(None);
+        let changed = self.change(session, update.metadata.as_ref(), &script);
+        match changed.await? {
+            Ok(seen) => Ok(Some(seen)),
+            Err(reply) if reply.word == "empty" => Ok(None),
+            Err(reply) => Err(reply.refusal()),
         }
-        let (mut seen, version) = parse_seen(reply)?;
-        seen.active_ms = Some(now_ms());
-        self.wrote(session);
-        if update.metadata.is_some() {
-            self.settle(session, &seen, version).await;
-        }
-        Ok(Some(seen))
     }
 
     async fn list_sessions(&self, list: ListRecent) -> Result<RecentPage> {
@@ -286,27 +279,19 @@ impl Redis {
         let About {
             title, metadata, ..
         } = source.about;
-        let pairs = hashes(&metadata);
-        self.index.announce(&fork.to, &pairs).await?;
         let mut script = Invocation::new(&self.scripts.fork_end, &keys);
         script
             .arg(count)
             .arg(title)
             .arg(metadata_text(&metadata))
             .arg(origin_text(session, fork, source.floor));
-        let reply = self.write(&script).await?;
-        match reply.word.as_str() {
-            "exists" => return Ok(Forked::Exists),
-            "changed" => return Ok(Forked::Changed),
-            _ => {}
+        let metadata = (!metadata.is_empty()).then_some(&metadata);
+        match self.change(&fork.to, metadata, &script).await? {
+            Ok(seen) => Ok(Forked::Done(Box::new(seen))),
+            Err(reply) if reply.word == "exists" => Ok(Forked::Exists),
+            Err(reply) if reply.word == "changed" => Ok(Forked::Changed),
+            Err(reply) => Err(reply.refusal()),
         }
-        let (mut seen, version) = parse_seen(reply)?;
-        seen.active_ms = Some(now_ms());
-        self.wrote(&fork.to);
-        if !pairs.is_empty() {
-            self.settle(&fork.to, &seen, version).await;
-        }
-        Ok(Forked::Done(Box::new(seen)))
     }
 
     /// The fact `origin` as it is.
@@ -322,14 +307,37 @@ impl Redis {
         }
     }
 
-    /// Brings the index up to date with a session's metadata. If that fails, it is found by those
-    /// that it had, too; who finds it looks.
-    async fn settle(&self, session: &SessionId, seen: &Seen, version: i64) {
-        let pairs = hashes(&seen.about.metadata);
-        let _ = self
-            .index
-            .settle(session, seen.count, &pairs, version)
-            .await;
+    /// Runs a script that changes what is said of a session, its metadata to these if they are given.
+    /// The session is found by them before it has them, so that it is never missed once it has. Says
+    /// how it looks then, or what else the script replied: then nothing was written.
+    async fn change(
+        &self,
+        session: &SessionId,
+        metadata: Option<&BTreeMap<String, String>>,
+        script: &Invocation<'_>,
+    ) -> Result<std::result::Result<Seen, Reply>> {
+        let announced = match metadata {
+            Some(metadata) => Some(self.index.announce(session, metadata).await?),
+            None => None,
+        };
+        let reply = match self.write(script).await {
+            Ok(reply) if reply.word == "seen" => reply,
+            refused => {
+                // Whether it has them after all, a round finds out.
+                let is_known = !matches!(refused, Err(Error::OutcomeUnknown(_)));
+                if let Some(announced) = announced.filter(|_| is_known) {
+                    self.index.take_back(session, announced).await;
+                }
+                return refused.map(Err);
+            }
+        };
+        let (mut seen, version) = parse_seen(reply)?;
+        seen.active_ms = Some(now_ms());
+        self.wrote(session);
+        if let Some(announced) = announced {
+            self.index.settle(session, announced, &seen, version).await;
+        }
+        Ok(Ok(seen))
     }
 
     /// Looks at sessions; `None` of one that cannot be looked at, as its keys are no session's.
@@ -363,10 +371,6 @@ impl Redis {
 
 fn is_running(turn: &Turn) -> bool {
     matches!(turn.state, TurnState::Running { .. })
-}
-
-fn hashes(metadata: &BTreeMap<String, String>) -> Vec<String> {
-    metadata.iter().map(|(k, v)| hash_of_pair(k, v)).collect()
 }
 
 /// Metadata as they are kept: a JSON object; empty if there are none.
@@ -403,7 +407,7 @@ fn parse_origin(text: &str) -> Option<Origin> {
 }
 
 /// Reads what `scripts/seen.lua` draws; besides, the version of the metadata.
-fn parse_seen(mut reply: Reply) -> Result<(Seen, i64)> {
+pub(super) fn parse_seen(mut reply: Reply) -> Result<(Seen, i64)> {
     if reply.word != "seen" {
         return Err(reply.refusal());
     }

@@ -1,10 +1,10 @@
 -- Takes sessions that have gone out of the index, unless they have been written to since.
 --
--- KEYS: {<prefix>}:sessions, :names, :pairs
--- ARGV:
---   1     what the names of the keys of pairs begin with
+-- ARGV, besides what index.lua says:
 --   2, 3  a session, and the score that it had when it was found to be gone
 --   4, 5  another, and so on
+--
+-- Returns { 'forgotten' }.
 
 for index = 2, #ARGV, 2 do
   local session = ARGV[index]
@@ -12,11 +12,9 @@ for index = 2, #ARGV, 2 do
   if score and tonumber(score) == tonumber(ARGV[index + 1]) then
     redis.call('ZREM', KEYS[1], session)
     redis.call('ZREM', KEYS[2], session)
-    local pairs_of = redis.call('HGET', KEYS[3], session)
-    for pair in string.gmatch(pairs_of or '', ' (%x+)') do
-      redis.call('SREM', ARGV[1] .. pair, session)
-    end
+    local known = redis.call('HGET', KEYS[3], session) or '0'
     redis.call('HDEL', KEYS[3], session)
+    leave(session, string.match(known, '^%d+(.*)'))
   end
 end
 return { 'forgotten' }

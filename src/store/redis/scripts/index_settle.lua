@@ -1,33 +1,40 @@
--- Puts a session into the index under its metadata, and under no other.
+-- Puts a session into the index under its metadata, and under no other but what others have announced.
 --
--- KEYS: {<prefix>}:sessions, :names, :pairs
--- ARGV:
---   1  what the names of the keys of pairs begin with
+-- ARGV, besides what index.lua says:
 --   2  the session
---   3  its score
---   4  the version of its metadata: a later one stands
---   5… its pairs, hashed
+--   3  the token under which they were announced; '' if they were not
+--   4  its score
+--   5  the version of its metadata: a later one stands. 0 if it did not get what was announced
+--   6… its pairs
+--
+-- Returns { 'settled' }.
 
-local KEY_OF_PAIR, session, version = ARGV[1], ARGV[2], tonumber(ARGV[4])
-redis.call('ZADD', KEYS[1], 'GT', ARGV[3], session)
-redis.call('ZADD', KEYS[2], 0, session)
-local old = redis.call('HGET', KEYS[3], session)
-if old then
-  if tonumber(string.match(old, '^%d+')) >= version then
-    return { 'settled' }
-  end
-  for pair in string.gmatch(old, ' (%x+)') do
-    redis.call('SREM', KEY_OF_PAIR .. pair, session)
+local session, token = ARGV[2], ARGV[3]
+local left, others = '', {}
+for announced in string.gmatch(redis.call('HGET', KEYS[4], session) or '', '%S+') do
+  if string.match(announced, '^%x+') == token then
+    left = string.match(announced, '^%x+:%d+(.*)')
+  else
+    others[#others + 1] = announced
   end
 end
-local new = { ARGV[4] }
-for index = 5, #ARGV do
-  redis.call('SADD', KEY_OF_PAIR .. ARGV[index], session)
-  new[#new + 1] = ARGV[index]
-end
-if #new > 1 then
-  redis.call('HSET', KEYS[3], session, table.concat(new, ' '))
+if left == '' then
+  -- Nothing was announced, or this is a repetition.
+elseif #others > 0 then
+  redis.call('HSET', KEYS[4], session, table.concat(others, ' '))
 else
-  redis.call('HDEL', KEYS[3], session)
+  redis.call('HDEL', KEYS[4], session)
 end
+
+local known = redis.call('HGET', KEYS[3], session) or '0'
+if tonumber(ARGV[5]) > tonumber(string.match(known, '^%d+')) then
+  redis.call('ZADD', KEYS[1], 'GT', ARGV[4], session)
+  redis.call('ZADD', KEYS[2], 0, session)
+  redis.call('HSET', KEYS[3], session, table.concat(ARGV, ' ', 5))
+  for index = 6, #ARGV do
+    redis.call('SADD', KEY_OF_PAIR .. ARGV[index], session)
+  end
+  left = left .. string.match(known, '^%d+(.*)')
+end
+leave(session, left)
 return { 'settled' }
