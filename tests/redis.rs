@@ -3469,6 +3469,21 @@ async fn a_stopped_process_is_unavailable_and_what_it_got_is_stored_once() {
 }
 
 #[tokio::test]
+async fn lists_of_sessions_that_are_asked_for_at_once_all_fail_in_time_when_redis_hangs() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    redis.pause();
+    let lists = (0..20).map(|_| bounded(store.list_sessions(listing(10))));
+    for listed in join_all(lists).await {
+        assert!(matches!(listed, Err(Error::Unavailable(_))), "{listed:?}");
+    }
+    redis.resume();
+    until_reachable(&store, true).await;
+    let listed = join_all((0..20).map(|_| walk(&store, listing(10)))).await;
+    assert!(listed.iter().all(|ids| ids == &["s"]), "{listed:?}");
+}
+
+#[tokio::test]
 async fn callers_that_give_up_leave_the_connection_usable() {
     let (_redis, store) = start().await;
     let session = session();

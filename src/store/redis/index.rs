@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use redis::Value;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{Mutex as AsyncMutex, Notify};
+use tokio::sync::{Notify, watch};
 use tokio::time::{self, Instant};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -106,8 +106,18 @@ struct Entries {
     keys: IndexKeys,
     noted: Mutex<HashMap<SessionId, UnixMillis>>,
     has_noted: Notify,
-    /// Held while notes are on their way.
-    flushing: AsyncMutex<()>,
+    /// Somebody waits until what is noted is entered.
+    is_awaited: Notify,
+    flushes: watch::Sender<Flushes>,
+}
+
+/// How often what was noted was entered.
+#[derive(Default)]
+struct Flushes {
+    begun: u64,
+    ended: u64,
+    /// Why the last one failed, if it did.
+    failure: Option<Failure>,
 }
 
 impl Index {
@@ -119,7 +129,8 @@ impl Index {
             keys: IndexKeys::new(prefix),
             noted: Mutex::default(),
             has_noted: Notify::new(),
-            flushing: AsyncMutex::default(),
+            is_awaited: Notify::new(),
+            flushes: watch::Sender::default(),
         });
         let flusher = Arc::clone(&entries);
         let healer = Arc::clone(&entries);
@@ -142,9 +153,31 @@ impl Index {
         }
     }
 
-    /// Enters what was noted.
+    /// Waits until what was noted is entered. All who wait share the attempt and what it comes to: were
+    /// it one for each, a Redis that hangs would hold the last as long as all of them together.
     pub(super) async fn flush(&self) -> Result<()> {
-        self.entries.flush().await.map_err(failure_of_read)
+        let entries = &self.entries;
+        if entries.noted().is_empty() {
+            return Ok(());
+        }
+        let mut flushes = entries.flushes.subscribe();
+        let (begun, ended) = {
+            let flushes = flushes.borrow();
+            (flushes.begun, flushes.ended)
+        };
+        entries.is_awaited.notify_one();
+        // One that is under way may have missed a note, and so does not do; but if it fails, the next
+        // would, too.
+        let has_ended = |flushes: &Flushes| {
+            flushes.ended > begun || flushes.ended > ended && flushes.failure.is_some()
+        };
+        match flushes.wait_for(has_ended).await {
+            Ok(flushes) => flushes
+                .failure
+                .clone()
+                .map_or(Ok(()), |failure| Err(failure_of_read(failure))),
+            Err(_) => Err(Error::Unavailable("the store is closed".to_owned())),
+        }
     }
 
     /// When a session was last written to, as far as is known.
@@ -449,19 +482,29 @@ impl Entries {
 
     async fn flush_for_ever(&self) {
         loop {
-            self.has_noted.notified().await;
-            time::sleep(FLUSH_AFTER).await;
-            if let Err(failure) = self.flush().await {
+            let has_waited = async {
+                self.has_noted.notified().await;
+                time::sleep(FLUSH_AFTER).await;
+            };
+            tokio::select! {
+                () = self.is_awaited.notified() => {}
+                () = has_waited => {}
+            }
+            self.flushes.send_modify(|flushes| flushes.begun += 1);
+            let failure = self.flush().await.err();
+            if let Some(failure) = &failure {
                 // The notes are kept. A round finds them, too.
                 tracing::debug!(?failure, "sessions were not entered into the index");
                 self.has_noted.notify_one();
             }
+            self.flushes.send_modify(|flushes| {
+                flushes.ended += 1;
+                flushes.failure = failure;
+            });
         }
     }
 
     async fn flush(&self) -> std::result::Result<(), Failure> {
-        // Who comes while others enter what it has noted waits until that is done.
-        let _flushing = self.flushing.lock().await;
         let noted: Vec<(SessionId, UnixMillis)> = {
             let noted = self.noted();
             noted
