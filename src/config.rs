@@ -579,6 +579,10 @@ impl RedisArgs {
         // Told above, in the flag's own words.
         match settings.check() {
             Ok(()) | Err(redis::InvalidSettings::KeyPrefix | redis::InvalidSettings::Timeout) => {}
+            Err(redis::InvalidSettings::NoKeyPrefix) => problems.add(
+                "--key-prefix: must not be empty with a Redis Cluster: it puts the index into one slot"
+                    .to_owned(),
+            ),
             Err(error) => problems.add(format!("--redis: {error}")),
         }
         Some(settings)
@@ -1026,6 +1030,20 @@ mod tests {
             assert!(text.contains(flag), "{flag} is missing in:\n{text}");
         }
         assert_eq!(problems.0.len(), 9, "{text}");
+    }
+
+    #[test]
+    fn only_a_cluster_needs_a_prefix_of_keys() {
+        for cluster in ["redis-cluster://a", "redis://a,b"] {
+            let redis = format!("--redis={cluster}");
+            assert!(check(&[&redis]).is_ok());
+            let problems = check(&[&redis, "--key-prefix="]).unwrap_err();
+            let said = &problems.0[..];
+            let rule = "--key-prefix: must not be empty with a Redis Cluster";
+            assert!(matches!(said, [one] if one.starts_with(rule)), "{said:?}");
+        }
+        assert!(check(&["--redis=redis://a", "--key-prefix="]).is_ok());
+        assert!(check(&["--key-prefix="]).is_ok());
     }
 
     #[test]

@@ -3625,6 +3625,12 @@ async fn settings_that_cannot_work_are_refused_at_once() {
         refused(|settings| settings.key_prefix = "{tenant}:".into()),
         Some(InvalidSettings::KeyPrefix)
     );
+    assert!(refused(|settings| settings.key_prefix = String::new()).is_none());
+    let without_prefix = refused(|settings| {
+        settings.url = "redis-cluster://localhost".into();
+        settings.key_prefix = String::new();
+    });
+    assert_eq!(without_prefix, Some(InvalidSettings::NoKeyPrefix));
     assert_eq!(
         refused(|settings| settings.timeout_ms = 0),
         Some(InvalidSettings::Timeout)

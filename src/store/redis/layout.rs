@@ -87,7 +87,8 @@ pub(super) fn session_of_channel(prefix: &str, channel: &[u8]) -> Option<Session
 }
 
 /// The keys of the index of all sessions, in one slot of their own, so that no script has both one
-/// of these and a session's. As with [`running_key`], no session has such a name.
+/// of these and a session's. As with [`running_key`], no session has such a name. Without a prefix,
+/// they share no slot: a cluster is not used so.
 pub(super) struct IndexKeys {
     /// A sorted set: each session, with its score.
     pub(super) sessions: String,

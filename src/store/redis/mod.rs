@@ -80,7 +80,7 @@ pub struct Settings {
     /// `redis-sentinel://[user:password@]host[:port][,host[:port]…]/master[/database]`, or
     /// `redis-cluster://[user:password@]host[:port][,host[:port]…]`.
     pub url: Secret,
-    /// What the keys of sessions begin with. Without braces.
+    /// What the keys of sessions begin with. Without braces; not empty with a cluster.
     pub key_prefix: String,
     /// How long Redis may take to accept a connection, and to answer: too short, and a slow answer
     /// counts as none; too long, and callers wait for a Redis that is gone. A page of 3 MiB must
@@ -121,7 +121,11 @@ impl Settings {
             return Err(InvalidSettings::Timeout);
         }
         let timeout = Duration::from_millis(self.timeout_ms);
-        Target::new(self.url.expose(), self.ca_file.as_deref(), timeout)
+        let target = Target::new(self.url.expose(), self.ca_file.as_deref(), timeout)?;
+        if self.key_prefix.is_empty() && matches!(target, Target::Cluster(_)) {
+            return Err(InvalidSettings::NoKeyPrefix);
+        }
+        Ok(target)
     }
 }
 
@@ -132,6 +136,10 @@ pub enum InvalidSettings {
     Url(String),
     #[error("the prefix of keys must not contain `{{` or `}}`: Redis Cluster gives them a meaning")]
     KeyPrefix,
+    #[error(
+        "the prefix of keys must not be empty with a Redis Cluster: it puts the index into one slot"
+    )]
+    NoKeyPrefix,
     #[error("the timeout must be at least 1 ms")]
     Timeout,
     #[error("the certificates {}: {reason}", .path.display())]
