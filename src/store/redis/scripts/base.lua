@@ -24,9 +24,10 @@ end
 
 -- Lets a key expire in `left` ms, if it exists: at once if there is nothing left, and else up to two
 -- seconds late, but never early. Writes only what makes a difference, since every write goes to the
--- replicas and the log.
-local function expire_in(key, left)
-  local has, late = redis.call('PTTL', key), math.min(1000, left / 50)
+-- replicas and the log. What it has may be known.
+local function expire_in(key, left, has)
+  has = has or redis.call('PTTL', key)
+  local late = math.min(1000, left / 50)
   if has ~= -2 and (has < left or has > left + 2 * late) then
     redis.call('PEXPIRE', key, decimal(left + late))
   end

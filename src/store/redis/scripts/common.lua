@@ -233,16 +233,17 @@ local function keep_turns(session)
   if values[1] and values[1] ~= '' then
     left = math.max(left, LINGER_MS)
   end
-  if redis.call('PTTL', TURNS) < left then
+  local has = redis.call('PTTL', TURNS)
+  if has < left then
     local turn = redis.call('HGET', TURNS, ordinal_field(tonumber(values[2])))
     local packed = turn and redis.call('HGET', TURNS, turn)
     local newest = packed and cmsgpack.unpack(packed)
     left = newest and math.min(left, newest.forget_ms - session.now)
-    if not left or left <= redis.call('PTTL', TURNS) then
+    if not left or left <= has then
       return
     end
   end
-  expire_in(TURNS, left)
+  expire_in(TURNS, left, has)
 end
 
 -- Whether the plain case of an append would leave nothing out.

@@ -111,7 +111,8 @@ end
 -- Lets {K}:turns live as long as this record, which was just written, and as those before it; but
 -- no longer than the list, unless a turn runs.
 local function expire_turns(record, now)
-  local left = math.max(record.forget_ms - now, redis.call('PTTL', TURNS))
+  local has = redis.call('PTTL', TURNS)
+  local left = math.max(record.forget_ms - now, has)
   if record.list_until_ms then
     local left_of_list = record.list_until_ms - now
     if record.state == 'running' then
@@ -119,7 +120,7 @@ local function expire_turns(record, now)
     end
     left = math.min(left, left_of_list)
   end
-  expire_in(TURNS, left)
+  expire_in(TURNS, left, has)
 end
 
 -- Writes the record and other fields, with one HSET.
