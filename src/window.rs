@@ -305,20 +305,17 @@ impl<'a, S> History<'a, S> {
     }
 }
 
-/// Refuses a tool result whose call does not wait for it: the call is the last answer's, and has no
-/// result yet.
+/// Refuses tool results that a model could not be given after this history: they come before all else
+/// that is new, name calls of the last answer that have no result yet, and leave none of those out.
 pub fn check_results<S>(history: &[Entry<S>], new: &[Draft]) -> Result<(), Violation> {
     let mut answered: Vec<&str> = Vec::new();
     let mut calls: Vec<&str> = Vec::new();
-    for message in history.iter().rev().filter_map(|e| e.message.as_ref()) {
-        match message.draft.role {
-            Role::Tool => answered.extend(message.draft.tool_call_id.as_deref()),
-            Role::Assistant => {
-                calls.extend(message.draft.tool_calls.iter().map(|call| call.id.as_str()));
-                break;
-            }
-            _ => break,
+    for (role, draft) in history.iter().rev().filter_map(Entry::said) {
+        if role != Role::Tool {
+            calls.extend(draft.tool_calls.iter().map(|call| call.id.as_str()));
+            break;
         }
+        answered.extend(draft.tool_call_id.as_deref());
     }
     // One for one: some providers give several calls of an answer the same id, or none.
     for id in answered {
@@ -326,9 +323,15 @@ pub fn check_results<S>(history: &[Entry<S>], new: &[Draft]) -> Result<(), Viola
             calls.remove(found);
         }
     }
+    let first = new.iter().take_while(|draft| draft.role == Role::Tool);
+    let first = first.count();
     for (index, draft) in new.iter().enumerate() {
         if draft.role != Role::Tool {
             continue;
+        }
+        if index > first {
+            let rule = "is a tool result, which must come before the messages of other roles";
+            return Err(Violation::new(format!("messages[{index}]"), rule));
         }
         let id = draft.tool_call_id.as_deref().unwrap_or_default();
         match calls.iter().position(|call| *call == id) {
@@ -339,6 +342,11 @@ pub fn check_results<S>(history: &[Entry<S>], new: &[Draft]) -> Result<(), Viola
                 return Err(Violation::new(field, rule));
             }
         }
+    }
+    if first > 0 && !calls.is_empty() {
+        let rule =
+            "must have a result for each tool call of the session's last answer that has none";
+        return Err(Violation::new("messages", rule));
     }
     Ok(())
 }

@@ -214,6 +214,37 @@ fn new_results_keep_their_call_and_its_exchange() {
 }
 
 #[test]
+fn new_results_come_first_and_answer_all_calls_that_wait() {
+    let stored = [user("a"), calls(&["1", "2", ""]), result("2")];
+    let refused = |stored: &[Draft], new: &[Draft]| {
+        let checked = check_results(&history(stored), new);
+        checked
+            .err()
+            .map_or(String::new(), |violation| violation.field)
+    };
+    let (one, none) = (result("1"), result(""));
+    assert_eq!(refused(&stored, &[one.clone(), none.clone()]), "");
+    assert_eq!(
+        refused(&stored, &[none.clone(), one.clone(), user("b")]),
+        ""
+    );
+    assert_eq!(refused(&stored, &[user("b")]), "");
+    assert_eq!(refused(&stored, std::slice::from_ref(&one)), "messages");
+    assert_eq!(refused(&stored, &[one.clone(), user("b")]), "messages");
+    let late = [one.clone(), user("b"), none.clone()];
+    assert_eq!(refused(&stored, &late), "messages[2]");
+    let behind = [user("b"), one.clone(), none.clone()];
+    assert_eq!(refused(&stored, &behind), "messages[1]");
+    let twice = [one.clone(), one.clone()];
+    assert_eq!(refused(&stored, &twice), "messages[1].tool_call_id");
+    // What no model is given parts no result from its call.
+    let parted = [&stored[..], &[draft(Role::Other("function".into()), "x")]].concat();
+    assert_eq!(refused(&parted, &[one.clone(), none.clone()]), "");
+    let parted = [&stored[..], &[draft(Role::System, "s")]].concat();
+    assert_eq!(refused(&parted, &[one, none]), "messages[0].tool_call_id");
+}
+
+#[test]
 fn without_a_question_there_is_no_window_but_for_results() {
     let drafts = [draft(Role::System, "s"), answer("hello"), calls(&["1"])];
     assert_eq!(read(&drafts, NONE), [0; 0]);
@@ -328,23 +359,26 @@ fn random_bounds() -> impl Strategy<Value = Bounds> {
 
 /// New messages that suit a history: a question, or the results that its last calls wait for.
 fn new_messages(history: &[Entry<()>], wants_results: bool) -> Vec<Draft> {
-    let last_call = history.iter().rev().find_map(|entry| {
-        let draft = &entry.message.as_ref()?.draft;
-        (draft.role == Role::Assistant).then_some(draft)
-    });
-    let ids = last_call.map_or(Vec::new(), |draft| {
-        draft
-            .tool_calls
-            .iter()
-            .map(|call| call.id.clone())
-            .collect()
-    });
+    let mut answered: Vec<Draft> = Vec::new();
     let mut results: Vec<Draft> = Vec::new();
-    for id in &ids {
-        results.push(result(id));
-        if check_results(history, &results).is_err() {
-            results.pop();
+    for draft in history
+        .iter()
+        .rev()
+        .filter_map(|entry| Some(&entry.message.as_ref()?.draft))
+    {
+        if draft.role == Role::Assistant {
+            results.extend(draft.tool_calls.iter().map(|call| result(&call.id)));
+            break;
         }
+        answered.push(draft.clone());
+    }
+    for draft in answered {
+        if let Some(place) = results.iter().position(|result| *result == draft) {
+            results.remove(place);
+        }
+    }
+    if check_results(history, &results).is_err() {
+        results.clear();
     }
     match wants_results && !results.is_empty() {
         true => results,

@@ -336,6 +336,45 @@ async fn a_turn_has_its_window_and_says_what_it_takes() {
 }
 
 #[tokio::test]
+async fn results_that_do_not_fit_their_calls_are_refused_before_the_model_is_asked() {
+    let (provider, server) = with_strict_provider().await;
+    let mut client = server.client().await;
+    let both = pb::Message {
+        tool_calls: [call("a").tool_calls, call("b").tool_calls].concat(),
+        ..answer("")
+    };
+    fill(&mut client, "s", vec![user("hello"), both]).await;
+    let request = |messages: Vec<pb::Message>| pb::ChatRequest {
+        messages,
+        ..chat("s", "")
+    };
+    let bad = [
+        (vec![user("and"), result("a"), result("b")], "messages[1]"),
+        (vec![result("a"), user("and"), result("b")], "messages[2]"),
+        (vec![result("a"), user("and")], "messages"),
+        (vec![result("a")], "messages"),
+    ];
+    for (messages, field) in bad {
+        let told = tell(&mut client, request(messages)).await;
+        let error = told.error.expect(field);
+        assert_eq!(error.code(), Code::InvalidArgument, "{field}");
+        assert_eq!(
+            (reason(&error), fields(&error)),
+            ("INVALID_FIELD".into(), vec![field.into()])
+        );
+    }
+    assert_eq!(provider.request_count(), 0);
+    assert_eq!(contents(&mut client, "s").await.len(), 2);
+
+    // A result that was appended before counts; what follows the others may be anything.
+    fill(&mut client, "s", vec![result("b")]).await;
+    provider.answer(Script::text(["fine"]));
+    let told = tell(&mut client, request(vec![result("a"), user("and")])).await;
+    assert_eq!((told.text(), told.reason()), ("fine".into(), String::new()));
+    assert_eq!(given(&provider), ["hello", "", "1", "1", "and"]);
+}
+
+#[tokio::test]
 async fn a_long_chat_with_tools_never_sends_what_a_provider_refuses() {
     let (provider, server) = with_strict_provider().await;
     let mut client = server.client().await;

@@ -965,9 +965,11 @@ class ChatRequest(_message.Message):
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """What is new: a user message, or the results of the tools that the model called. 1 to 100
         messages under the rules of `AppendRequest`, but together at most 2 MiB, and none of them
-        ROLE_ASSISTANT. A tool result must name a call of the session's last answer that has no result
-        yet (INVALID_ARGUMENT). Without messages, the call follows the turn `turn_id`, or is refused
-        with NOT_FOUND, TURN_NOT_FOUND; fields 4, 5 and 9 to 13 are ignored then.
+        ROLE_ASSISTANT. Tool results must come before the other messages, name calls of the session's
+        last answer that have no result yet, and be all that are missing: those that were appended
+        before count (INVALID_ARGUMENT). Without any, calls that wait are left alone, and no later turn
+        is given them. Without messages, the call follows the turn `turn_id`, or is refused with
+        NOT_FOUND, TURN_NOT_FOUND; fields 4, 5 and 9 to 13 are ignored then.
         """
 
     @_builtins.property
