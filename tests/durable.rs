@@ -326,6 +326,56 @@ async fn a_turn_of_a_killed_server_gets_its_answer_although_nobody_asks() {
     assert_eq!(world.provider.request_count(), 2);
 }
 
+/// Has a turn adopted by the next server, which is then asked something else under its id.
+async fn ask_otherwise_of_an_adopter(provider: &Provider, start: impl Fn() -> Program) {
+    let gate = Gate::new();
+    provider.answer(Script::begin().say("lost").hang());
+    let script = Script::begin().say("found").wait(&gate);
+    provider.answer(script.finish("stop").done());
+    let server = start();
+    let mut client = ready(&server).await;
+    let begun = client.chat(turn("s", "t", "hi")).await.unwrap();
+    take_deltas(&mut begun.into_inner(), 1).await;
+    server.crash();
+
+    let server = start();
+    let mut client = ready(&server).await;
+    provider.wait_for_requests(2).await;
+    let other = client.chat(turn("s", "t", "something else")).await;
+    let refused = other.expect_err("another request");
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert_eq!(reason(&refused), "REQUEST_ID_REUSED");
+    gate.open();
+    let told = tell(&mut client, turn("s", "t", "hi")).await;
+    assert_eq!((told.text(), told.reason()), ("found".into(), "".into()));
+    let other = tell(&mut client, turn("s", "t", "something else")).await;
+    assert_eq!(other.reason(), "REQUEST_ID_REUSED");
+    assert_eq!(provider.request_count(), 2);
+}
+
+#[tokio::test]
+async fn an_adopted_turn_answers_no_other_request_than_its_own() {
+    let world = World::start().await;
+    ask_otherwise_of_an_adopter(&world.provider, || world.server()).await;
+}
+
+#[tokio::test]
+async fn an_adopted_turn_answers_no_other_request_on_the_embedded_file() {
+    let provider = Provider::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("chat.db");
+    let url = provider.url();
+    let arguments = [
+        "--listen=127.0.0.1:0",
+        "--database",
+        database.to_str().unwrap(),
+        "--model=test-model",
+        "--model-url",
+        &url,
+    ];
+    ask_otherwise_of_an_adopter(&provider, || Program::start(&arguments)).await;
+}
+
 #[tokio::test]
 async fn a_turn_is_not_taken_from_a_server_that_lives_however_long_it_is_silent() {
     let world = World::start().await;

@@ -33,6 +33,7 @@ async fn a_new_turn_is_leased_and_a_repeat_answers_the_same(store: Shared, s: Se
     let got = leased(store.begin_turn(&s, first.clone()).await.unwrap());
     assert_eq!((got.attempt, got.first_event, got.next_chunk), (1, 1, 0));
     assert_eq!(got.request, first.request);
+    assert_eq!(got.fingerprint, first.key.fingerprint);
     let again = leased(store.begin_turn(&s, first).await.unwrap());
     assert_eq!(again, got);
 }
@@ -201,6 +202,7 @@ async fn an_expired_lease_can_be_taken_by_one_and_fences_the_old(store: Shared, 
             Taken::Leased(got) => {
                 won += 1;
                 assert_eq!((got.attempt, &got.request), (2, &first.request));
+                assert_eq!(got.fingerprint, first.key.fingerprint);
             }
             other => assert_eq!(other, Taken::Held),
         }

@@ -117,6 +117,7 @@ impl Record {
             first_event: self.reserved - lease.reserve + 1,
             next_chunk: self.next_chunk,
             name: self.name.clone(),
+            fingerprint: self.fingerprint,
             request,
             stop: self.stop,
         }

@@ -189,6 +189,8 @@ pub struct Leased {
     /// The index of the next chunk of the log.
     pub next_chunk: u32,
     pub name: String,
+    /// Of what was asked ([`RequestKey::fingerprint`]).
+    pub fingerprint: [u8; 16],
     pub request: Bytes,
     /// Whether it is to be stopped.
     pub stop: Option<Stop>,

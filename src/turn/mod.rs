@@ -196,7 +196,7 @@ pub(crate) struct Held {
     session: SessionId,
     turn: TurnId,
     name: String,
-    fingerprint: Option<[u8; 16]>,
+    fingerprint: [u8; 16],
     log: Log,
     /// How many follow it here.
     followers: watch::Sender<usize>,
@@ -240,8 +240,7 @@ impl Turns {
         let token = Token::new();
         loop {
             if let Some(held) = self.held(&call.session, &call.key.id) {
-                let is_other = |known| call.request.is_some() && known != call.key.fingerprint;
-                if held.fingerprint.is_some_and(is_other) {
+                if call.request.is_some() && held.fingerprint != call.key.fingerprint {
                     return Err(Error::RequestReused { field: "turn_id" });
                 }
                 if held.log.has_ended() {
@@ -357,7 +356,6 @@ impl Turns {
             self.run(Run {
                 session: call.session,
                 turn: call.key.id,
-                fingerprint: Some(call.key.fingerprint),
                 stop_on_disconnect: call.stop_on_disconnect,
                 leased: leased.clone(),
                 lease,
@@ -374,7 +372,7 @@ impl Turns {
             session: run.session.clone(),
             turn: run.turn,
             name: run.leased.name.clone(),
-            fingerprint: run.fingerprint,
+            fingerprint: run.leased.fingerprint,
             log: Log::new(
                 run.leased.first_event,
                 run.lease.reserve,
@@ -442,7 +440,6 @@ impl Turns {
             self.run(Run {
                 session,
                 turn,
-                fingerprint: None,
                 stop_on_disconnect: false,
                 leased,
                 lease,
@@ -577,7 +574,6 @@ impl Turns {
 struct Run {
     session: SessionId,
     turn: TurnId,
-    fingerprint: Option<[u8; 16]>,
     stop_on_disconnect: bool,
     leased: Leased,
     lease: Lease,

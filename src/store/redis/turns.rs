@@ -445,6 +445,7 @@ fn parse_leased(reply: &mut Reply) -> Result<Leased> {
         first_event: reply.number()?,
         next_chunk: parse_u32(reply)?,
         name: reply.text()?,
+        fingerprint: reply.bytes()?.try_into().map_err(|_| corrupt())?,
         request: reply.bytes()?.into(),
         stop: parse_stop(reply)?,
     })

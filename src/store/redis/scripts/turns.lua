@@ -43,7 +43,7 @@
 --   { 'completed', first, count, time, outcome }
 --   { 'failed', outcome }
 --
--- Leased, in replies: { 'leased', attempt, first event, next chunk, name, request, stop }.
+-- Leased, in replies: { 'leased', attempt, first event, next chunk, name, print, request, stop }.
 --
 -- The whole key expires when its last record is forgotten, and with the list, unless a turn runs; where
 -- others set the list's expiry, after it.
@@ -105,7 +105,7 @@ local function leased(record, request, reserve)
     return { 'corrupt', TURNS }
   end
   return { 'leased', record.attempt, record.reserved - reserve + 1, record.next_chunk,
-    record.name, request, record.stop }
+    record.name, record.print, request, record.stop }
 end
 
 -- Lets {K}:turns live as long as this record, which was just written, and as those before it; but
