@@ -262,6 +262,12 @@ async fn an_answer_that_ends_early_but_cleanly_is_not_taken_for_complete() {
 }
 
 #[tokio::test]
+async fn an_answer_that_ends_in_tool_calls_and_has_none_stores_nothing() {
+    let script = Script::begin().say("Hel").finish("tool_calls").done();
+    assert_eq!(failed(script).await.reason(), "MODEL_STREAM_BROKEN");
+}
+
+#[tokio::test]
 async fn a_malformed_chunk_ends_the_stream_and_stores_nothing() {
     let told = failed(
         Script::begin()

@@ -192,7 +192,6 @@ async fn finish_reasons_are_told_apart() {
     for (reason, expected) in [
         ("stop", FinishReason::Stop),
         ("length", FinishReason::Length),
-        ("tool_calls", FinishReason::ToolCalls),
         ("content_filter", FinishReason::ContentFilter),
         ("a new one", FinishReason::Other),
     ] {
@@ -248,6 +247,84 @@ async fn an_answer_that_calls_tools_says_so_even_if_the_provider_says_stop() {
     let end = end(&outcome_of(script).await);
     assert_eq!(end.finish_reason, FinishReason::ToolCalls);
     assert_eq!(end.tool_calls, [call("a", "now", "{}")]);
+}
+
+/// An event with these pieces of tool calls.
+fn calls_event(pieces: Value) -> Value {
+    json!({"choices": [{"index": 0, "delta": {"tool_calls": pieces}, "finish_reason": null}]})
+}
+
+#[tokio::test]
+async fn calls_without_an_index_come_through_as_they_came() {
+    // As Gemini's OpenAI endpoint and proxies for it send them: whole, some without an id.
+    let function = |name: &str, arguments: &str| json!({"name": name, "arguments": arguments});
+    let script = Script::begin()
+        .data(calls_event(json!([
+            {"id": "a", "type": "function", "function": function("add", r#"{"x": 1}"#)},
+            {"id": "", "type": "function", "function": function("add", r#"{"x": 2}"#)},
+        ])))
+        .data(calls_event(
+            json!([{"index": null, "function": function("now", "{}")}]),
+        ))
+        .finish("tool_calls")
+        .done();
+    let outcome = outcome_of(script).await;
+    let pieces = [
+        call_piece(0, Some("a"), Some("add"), r#"{"x": 1}"#),
+        call_piece(1, Some("call_1"), Some("add"), r#"{"x": 2}"#),
+        call_piece(2, Some("call_2"), Some("now"), "{}"),
+    ];
+    assert_eq!(outcome[..3], pieces);
+    let end = end(&outcome);
+    assert_eq!(end.finish_reason, FinishReason::ToolCalls);
+    let calls = [
+        call("a", "add", r#"{"x": 1}"#),
+        call("call_1", "add", r#"{"x": 2}"#),
+        call("call_2", "now", "{}"),
+    ];
+    assert_eq!(end.tool_calls, calls);
+}
+
+#[tokio::test]
+async fn arguments_go_to_the_call_of_their_index_in_whatever_order_calls_begin() {
+    let script = Script::begin()
+        .call(1, "b", "sub")
+        .call(0, "a", "add")
+        .arguments(1, r#"{"y": 2}"#)
+        .arguments(0, r#"{"x": "#)
+        .arguments(0, "1}")
+        .finish("tool_calls")
+        .done();
+    let outcome = outcome_of(script).await;
+    let calls = [
+        call("b", "sub", r#"{"y": 2}"#),
+        call("a", "add", r#"{"x": 1}"#),
+    ];
+    assert_eq!(end(&outcome).tool_calls, calls);
+    assert_eq!(outcome[3], call_piece(1, None, None, r#"{"x": "#));
+}
+
+#[tokio::test]
+async fn arguments_of_a_call_that_did_not_begin_break_the_answer() {
+    let script = Script::begin()
+        .call(0, "a", "add")
+        .arguments(2, "{}")
+        .finish("tool_calls")
+        .done();
+    assert_broken(failure_of(script).await, 1);
+}
+
+#[tokio::test]
+async fn an_answer_that_ends_in_tool_calls_and_has_none_is_broken() {
+    let nothing = Script::begin().finish("tool_calls").done();
+    assert_broken(failure_of(nothing).await, 0);
+    let text = Script::begin().say("a").finish("tool_calls").done();
+    assert_broken(failure_of(text).await, 1);
+    let server = provider::Provider::start().await;
+    server.answer(anthropic_end(anthropic_text(), "tool_use"));
+    let mut outcome = ask(&native_model(&server, "claude-sonnet-4-5"), prompt("hi")).await;
+    let error = outcome.pop().expect("something").expect_err("no end");
+    assert!(matches!(error, Error::Broken(_)), "{error}");
 }
 
 #[tokio::test]

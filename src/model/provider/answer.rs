@@ -3,12 +3,16 @@
 //! A known gap: `genai` loses the first event of a stream that begins with a byte-order mark. With
 //! OpenAI's protocol that event is the role only; no provider is known to send such a mark.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context as Polling, Poll, ready};
 
 use futures_util::{Stream, StreamExt as _};
 use genai::adapter::AdapterKind;
-use genai::chat::{self, ChatStream, ChatStreamEvent, StopReason, StreamEnd};
+use genai::chat::{
+    self, ChatFrameSink, ChatStream, ChatStreamEvent, FrameCtx, RawFrameRef, StopReason, StreamEnd,
+};
 use serde_json::Value;
 use tracing::Dispatch;
 use tracing::dispatcher::with_default;
@@ -18,9 +22,11 @@ use crate::message::{Json, ToolCall, Usage};
 use crate::model::{End, Error, FinishReason, Piece, Pieces, Result, ToolCallPiece};
 
 /// The answer in pieces. Dropping them drops the request.
-pub(super) fn pieces(events: ChatStream, context: Context) -> Pieces {
+pub(super) fn pieces(events: ChatStream, increments: Arc<Increments>, context: Context) -> Pieces {
     Answer {
         events: Some(events),
+        increments,
+        ready: VecDeque::new(),
         calls: Calls::default(),
         context,
     }
@@ -31,6 +37,9 @@ struct Answer {
     /// `None` after the end and after an error: nothing may follow them, though `genai` would go
     /// on after a malformed event.
     events: Option<ChatStream>,
+    increments: Arc<Increments>,
+    /// What comes next.
+    ready: VecDeque<Result<Piece>>,
     calls: Calls,
     context: Context,
 }
@@ -41,26 +50,37 @@ impl Stream for Answer {
     fn poll_next(self: Pin<&mut Self>, polling: &mut Polling<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
         loop {
+            if let Some(piece) = this.ready.pop_front() {
+                if matches!(piece, Ok(Piece::End(_)) | Err(_)) {
+                    this.events = None;
+                    this.ready.clear();
+                }
+                return Poll::Ready(Some(piece));
+            }
             let Some(events) = &mut this.events else {
                 return Poll::Ready(None);
             };
             // `genai` logs what it cannot read, and what the provider says of errors; both can
             // hold text of the conversation. So it has no log.
             let event = with_default(&Dispatch::none(), || events.poll_next_unpin(polling));
-            let piece = match ready!(event) {
+            // They may have come without an event.
+            for increment in this.increments.take() {
+                let piece = this.calls.add_increment(increment).transpose();
+                this.ready
+                    .extend(piece.map(|piece| piece.map(Piece::ToolCall)));
+            }
+            let event = match event {
+                Poll::Pending if !this.ready.is_empty() => continue,
+                event => ready!(event),
+            };
+            let piece = match event {
                 Some(Ok(event)) => this.piece(event).transpose(),
                 Some(Err(error)) => Some(Err(failure::in_stream(error, &this.context))),
                 None => Some(Err(Error::Broken(
                     "it stopped before the answer was complete".to_owned(),
                 ))),
             };
-            let Some(piece) = piece else {
-                continue;
-            };
-            if matches!(piece, Ok(Piece::End(_)) | Err(_)) {
-                this.events = None;
-            }
-            return Poll::Ready(Some(piece));
+            this.ready.extend(piece);
         }
     }
 }
@@ -72,14 +92,12 @@ impl Answer {
         Ok(match event {
             ChatStreamEvent::Chunk(chunk) => text(chunk.content).map(Piece::Text),
             ChatStreamEvent::ReasoningChunk(chunk) => text(chunk.content).map(Piece::Reasoning),
-            ChatStreamEvent::ToolCallChunk(chunk) => {
-                let piece = if self.context.sends_increments() {
-                    self.calls.add_increment(chunk.tool_call)
-                } else {
-                    self.calls.add_repetition(chunk.tool_call)
-                };
-                piece.map(Piece::ToolCall)
-            }
+            // Taken from the stream as it came: see `Increments`.
+            ChatStreamEvent::ToolCallChunk(_) if self.context.sends_increments() => None,
+            ChatStreamEvent::ToolCallChunk(chunk) => self
+                .calls
+                .add_repetition(chunk.tool_call)
+                .map(Piece::ToolCall),
             ChatStreamEvent::End(end) => Some(Piece::End(self.end(end)?)),
             ChatStreamEvent::Start
             | ChatStreamEvent::ThoughtSignatureChunk(_)
@@ -112,6 +130,10 @@ impl Answer {
         if finish_reason == FinishReason::Stop && !tool_calls.is_empty() {
             finish_reason = FinishReason::ToolCalls;
         }
+        if finish_reason == FinishReason::ToolCalls && tool_calls.is_empty() {
+            let why = "it says that it calls tools, and calls none";
+            return Err(Error::Broken(why.to_owned()));
+        }
         Ok(End {
             finish_reason,
             usage,
@@ -136,16 +158,61 @@ fn usage(usage: &chat::Usage) -> Option<Usage> {
     })
 }
 
+/// What a stream of OpenAI's protocol says of tool calls, as it came. `genai` does not pass on the
+/// index, which says to which call a piece belongs, and leaves out pieces without one, which
+/// Gemini's endpoint of that protocol sends, and proxies for it.
+#[derive(Default)]
+pub(super) struct Increments(Mutex<Vec<Increment>>);
+
+/// A piece of a tool call that holds only what is new.
+#[derive(Debug, Default)]
+struct Increment {
+    index: Option<u64>,
+    id: Option<String>,
+    /// Empty if it has none.
+    name: String,
+    arguments: String,
+}
+
+impl ChatFrameSink for Increments {
+    fn on_frame(&self, _: &FrameCtx, frame: RawFrameRef<'_>) {
+        if !frame.data.contains("tool_calls") {
+            return;
+        }
+        // What is no JSON, `genai` reports.
+        let data: Value = serde_json::from_str(frame.data).unwrap_or_default();
+        let pieces = data.pointer("/choices/0/delta/tool_calls");
+        let pieces = pieces.and_then(Value::as_array).into_iter().flatten();
+        let mut increments = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        increments.extend(pieces.map(|piece| {
+            let id = piece["id"].as_str().filter(|id| !id.is_empty());
+            Increment {
+                index: piece["index"].as_u64(),
+                id: id.map(str::to_owned),
+                name: text(piece["function"]["name"].clone()),
+                arguments: text(piece["function"]["arguments"].clone()),
+            }
+        }));
+    }
+}
+
+impl Increments {
+    /// What has come since the last time.
+    fn take(&self) -> Vec<Increment> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// The tool calls of an answer, as far as they have come.
 #[derive(Debug, Default)]
 struct Calls {
     calls: Vec<Call>,
-    /// The index that the provider gives to the first call. Some count from 1.
-    first_index: usize,
 }
 
 #[derive(Debug)]
 struct Call {
+    /// The provider's number for it. Some count from 1, some give all the same or none.
+    index: Option<u64>,
     id: String,
     name: String,
     arguments: String,
@@ -158,50 +225,59 @@ impl Call {
 }
 
 impl Calls {
-    /// Adds a piece that holds only what is new: OpenAI's protocol.
-    ///
-    /// The provider says which call it belongs to by an index, which `genai` does not pass on but
-    /// for pieces without an id: those get the id `call_<index>`. So a piece with a name begins a
-    /// call, unless that call is known; others are joined by the id, by the index, or else to
-    /// the last call. (Some providers give every call the index 0, each whole in one piece.)
-    fn add_increment(&mut self, piece: chat::ToolCall) -> Option<ToolCallPiece> {
-        let arguments = text(piece.fn_arguments);
-        match self.place(&piece.call_id, &piece.fn_name, &arguments) {
-            Some(index) => {
-                self.calls[index].arguments.push_str(&arguments);
-                (!arguments.is_empty()).then_some(ToolCallPiece {
-                    index,
-                    id: None,
-                    name: None,
-                    arguments,
-                })
-            }
-            None => Some(self.begin(piece.call_id, piece.fn_name, arguments)),
+    /// Adds a piece that holds only what is new: OpenAI's protocol. One with a name begins a call,
+    /// unless it goes on with one.
+    fn add_increment(&mut self, piece: Increment) -> Result<Option<ToolCallPiece>> {
+        if let Some(index) = self.place(&piece) {
+            let arguments = piece.arguments;
+            self.calls[index].arguments.push_str(&arguments);
+            return Ok((!arguments.is_empty()).then_some(ToolCallPiece {
+                index,
+                id: None,
+                name: None,
+                arguments,
+            }));
+        }
+        if !piece.name.is_empty() {
+            // Its result must name it.
+            let id = piece
+                .id
+                .unwrap_or_else(|| format!("call_{}", self.calls.len()));
+            return Ok(Some(self.begin(
+                piece.index,
+                id,
+                piece.name,
+                piece.arguments,
+            )));
+        }
+        match piece.arguments.is_empty() {
+            true => Ok(None),
+            false => Err(Error::Broken(
+                "a piece of a tool call belongs to none that has begun".to_owned(),
+            )),
         }
     }
 
-    /// Which known call a piece of OpenAI's protocol belongs to; `None` if it begins one.
-    fn place(&mut self, id: &str, name: &str, arguments: &str) -> Option<usize> {
-        let last = self.calls.len().checked_sub(1)?;
-        let by_id = self
-            .calls
-            .iter()
-            .rposition(|call| !id.is_empty() && call.id == id);
-        let index: Option<usize> = id.strip_prefix("call_").and_then(|text| text.parse().ok());
-        let by_index = index
-            .and_then(|index| index.checked_sub(self.first_index))
-            .filter(|place| *place <= last);
-        if name.is_empty() {
-            if let (None, None, Some(index)) = (by_id, by_index, index) {
-                self.first_index = index.saturating_sub(last);
-            }
-            return Some(by_id.or(by_index).unwrap_or(last));
-        }
-        // A name again: some providers repeat it in every piece.
-        by_id.or(by_index).filter(|place| {
-            let call = &self.calls[*place];
-            call.name == name && (arguments.is_empty() || !call.is_whole())
-        })
+    /// Which known call a piece of OpenAI's protocol belongs to: by its id, else by its index; with
+    /// neither, to the last.
+    fn place(&self, piece: &Increment) -> Option<usize> {
+        let is_near = |call: &Call| piece.index.is_none() || call.index == piece.index;
+        let by_id = piece.id.as_ref().and_then(|id| {
+            let is_it = |call: &Call| call.id == *id && is_near(call);
+            self.calls.iter().rposition(is_it)
+        });
+        // Some providers give every piece an id of its own.
+        let goes_by_index = match piece.name.is_empty() {
+            true => piece.id.is_none() || piece.index.is_some(),
+            false => piece.id.is_none(),
+        };
+        let by_index = || self.calls.iter().rposition(is_near);
+        let place = by_id.or_else(|| by_index().filter(|_| goes_by_index))?;
+        // Some repeat the name in every piece; some give all calls one index, each whole in a piece.
+        let call = &self.calls[place];
+        let goes_on = piece.name.is_empty()
+            || piece.name == call.name && (piece.arguments.is_empty() || !call.is_whole());
+        goes_on.then_some(place)
     }
 
     /// Adds a piece that repeats what came before it, or a whole call: all other protocols.
@@ -212,7 +288,7 @@ impl Calls {
             grows && call.id == piece.call_id && arguments.starts_with(&call.arguments)
         });
         let Some(index) = known else {
-            return Some(self.begin(piece.call_id, piece.fn_name, arguments));
+            return Some(self.begin(None, piece.call_id, piece.fn_name, arguments));
         };
         let call = &mut self.calls[index];
         let increment = arguments[call.arguments.len()..].to_owned();
@@ -225,7 +301,13 @@ impl Calls {
         })
     }
 
-    fn begin(&mut self, id: String, name: String, arguments: String) -> ToolCallPiece {
+    fn begin(
+        &mut self,
+        index: Option<u64>,
+        id: String,
+        name: String,
+        arguments: String,
+    ) -> ToolCallPiece {
         let piece = ToolCallPiece {
             index: self.calls.len(),
             id: (!id.is_empty()).then(|| id.clone()),
@@ -233,6 +315,7 @@ impl Calls {
             arguments: arguments.clone(),
         };
         self.calls.push(Call {
+            index,
             id,
             name,
             arguments,
@@ -250,6 +333,7 @@ impl Calls {
             streamed
         } else {
             let call = |call: chat::ToolCall| Call {
+                index: None,
                 id: call.call_id,
                 name: call.fn_name,
                 arguments: text(call.fn_arguments),
@@ -310,11 +394,21 @@ mod tests {
         }
     }
 
+    fn increment(index: Option<u64>, id: &str, name: &str, arguments: &str) -> Increment {
+        Increment {
+            index,
+            id: (!id.is_empty()).then(|| id.to_owned()),
+            name: name.to_owned(),
+            arguments: arguments.to_owned(),
+        }
+    }
+
     /// Adds the pieces of OpenAI's protocol; says what the calls are in the end.
-    fn joined(pieces: &[(&str, &str, &str)]) -> Vec<(String, String, String)> {
+    fn joined(pieces: &[(Option<u64>, &str, &str, &str)]) -> Vec<(String, String, String)> {
         let mut calls = Calls::default();
-        for (id, name, arguments) in pieces {
-            calls.add_increment(piece(id, name, arguments));
+        for (index, id, name, arguments) in pieces {
+            let added = calls.add_increment(increment(*index, id, name, arguments));
+            added.expect("a call for the piece");
         }
         let calls = calls.finish(Vec::new(), false).expect("whole calls");
         let parts = |call: ToolCall| (call.id, call.name, call.arguments.as_str().to_owned());
@@ -328,12 +422,12 @@ mod tests {
     #[test]
     fn interleaved_pieces_are_joined_by_their_index() {
         let pieces = [
-            ("a", "add", ""),
-            ("b", "sub", ""),
-            ("call_0", "", r#"{"x":"#),
-            ("call_1", "", r#"{"y":"#),
-            ("call_0", "", "1}"),
-            ("call_1", "", "2}"),
+            (Some(0), "a", "add", ""),
+            (Some(1), "b", "sub", ""),
+            (Some(0), "", "", r#"{"x":"#),
+            (Some(1), "", "", r#"{"y":"#),
+            (Some(0), "", "", "1}"),
+            (Some(1), "", "", "2}"),
         ];
         let calls = [
             call("a", "add", r#"{"x":1}"#),
@@ -345,10 +439,10 @@ mod tests {
     #[test]
     fn an_index_may_count_from_one() {
         let pieces = [
-            ("a", "add", ""),
-            ("call_1", "", r#"{"x":1}"#),
-            ("b", "add", ""),
-            ("call_2", "", r#"{"x":2}"#),
+            (Some(1), "a", "add", ""),
+            (Some(1), "", "", r#"{"x":1}"#),
+            (Some(2), "b", "add", ""),
+            (Some(2), "", "", r#"{"x":2}"#),
         ];
         let calls = [
             call("a", "add", r#"{"x":1}"#),
@@ -358,15 +452,44 @@ mod tests {
     }
 
     #[test]
-    fn whole_calls_that_share_an_index_stay_apart() {
-        // Without ids: both are `call_0` to `genai`.
+    fn calls_that_share_an_index_stay_apart() {
+        // Whole, without ids.
         let pieces = [
-            ("call_0", "add", r#"{"x":1}"#),
-            ("call_0", "add", r#"{"x":2}"#),
+            (Some(0), "", "add", r#"{"x":1}"#),
+            (Some(0), "", "add", r#"{"x":2}"#),
         ];
         let calls = [
             call("call_0", "add", r#"{"x":1}"#),
-            call("call_0", "add", r#"{"x":2}"#),
+            call("call_1", "add", r#"{"x":2}"#),
+        ];
+        assert_eq!(joined(&pieces), calls);
+        // In pieces, with ids at the beginning, and in all pieces.
+        for ids in [["", ""], ["a", "b"]] {
+            let pieces = [
+                (Some(0), "a", "add", ""),
+                (Some(0), ids[0], "", r#"{"x":1}"#),
+                (Some(0), "b", "add", ""),
+                (Some(0), ids[1], "", r#"{"x":2}"#),
+            ];
+            let calls = [
+                call("a", "add", r#"{"x":1}"#),
+                call("b", "add", r#"{"x":2}"#),
+            ];
+            assert_eq!(joined(&pieces), calls);
+        }
+    }
+
+    #[test]
+    fn calls_that_share_an_id_stay_apart_by_their_index() {
+        let pieces = [
+            (Some(0), "a", "add", ""),
+            (Some(1), "a", "add", ""),
+            (Some(0), "a", "", r#"{"x":1}"#),
+            (Some(1), "a", "", r#"{"x":2}"#),
+        ];
+        let calls = [
+            call("a", "add", r#"{"x":1}"#),
+            call("a", "add", r#"{"x":2}"#),
         ];
         assert_eq!(joined(&pieces), calls);
     }
@@ -374,18 +497,31 @@ mod tests {
     #[test]
     fn a_repeated_name_begins_no_new_call() {
         let pieces = [
-            ("a", "add", ""),
-            ("a", "add", r#"{"x":"#),
-            ("call_0", "add", "1"),
-            ("", "", "}"),
-            ("a", "add", ""),
+            (Some(0), "a", "add", ""),
+            (Some(0), "a", "add", r#"{"x":"#),
+            (Some(0), "", "add", "1"),
+            (None, "", "", "}"),
+            (Some(0), "a", "add", ""),
         ];
         assert_eq!(joined(&pieces), [call("a", "add", r#"{"x":1}"#)]);
     }
 
     #[test]
+    fn a_piece_that_belongs_to_no_call_is_an_error_unless_it_says_nothing() {
+        for (index, id) in [(Some(1), ""), (Some(1), "a"), (None, "b")] {
+            let mut calls = Calls::default();
+            let begun = calls.add_increment(increment(Some(0), "a", "add", ""));
+            assert!(matches!(begun, Ok(Some(_))), "{begun:?}");
+            assert_eq!(calls.add_increment(increment(index, id, "", "")), Ok(None));
+            let added = calls.add_increment(increment(index, id, "", "{}"));
+            assert!(matches!(added, Err(Error::Broken(_))), "{added:?}");
+        }
+    }
+
+    #[test]
     fn a_call_without_arguments_has_an_empty_object() {
-        assert_eq!(joined(&[("a", "now", "")]), [call("a", "now", "{}")]);
+        let pieces = [(Some(0), "a", "now", "")];
+        assert_eq!(joined(&pieces), [call("a", "now", "{}")]);
     }
 
     #[test]
@@ -415,7 +551,8 @@ mod tests {
     fn arguments_that_are_no_object_break_the_answer_without_being_repeated() {
         for arguments in ["[1]", "secret", r#"{"secret":"#, "\"secret\""] {
             let mut calls = Calls::default();
-            calls.add_increment(piece("a", "add", arguments));
+            let added = calls.add_increment(increment(Some(0), "a", "add", arguments));
+            added.expect("a piece");
             let error = calls.finish(Vec::new(), false).expect_err("must break");
             let text = error.to_string();
             assert!(matches!(error, Error::Broken(_)), "{text}");

@@ -8,6 +8,7 @@
 //! - `answer`: what `genai` streams as [`Pieces`].
 //! - `failure`: what `genai` reports as [`Error`]s.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -19,6 +20,7 @@ use reqwest::Url;
 use tracing::Dispatch;
 use tracing::instrument::WithSubscriber as _;
 
+use self::answer::Increments;
 use self::failure::Context;
 use super::{Error, Model, Pieces, Prompt, Result};
 use crate::secret::Secret;
@@ -188,7 +190,9 @@ impl Model for Provider {
             connect_timeout: self.connect_timeout,
             idle_timeout: self.idle_timeout,
         };
-        let options = request::options(&prompt, &context, self.names == Names::Verbatim);
+        let increments = Arc::new(Increments::default());
+        let verbatim_name = self.names == Names::Verbatim;
+        let options = request::options(&prompt, increments.clone(), &context, verbatim_name);
         let request = request::request(prompt, context.kind)?;
         // Nothing is sent before the stream is polled.
         let response = self
@@ -197,7 +201,7 @@ impl Model for Provider {
             .with_subscriber(Dispatch::none())
             .await
             .map_err(|error| failure::before_sending(error, &context))?;
-        Ok(answer::pieces(response.stream, context))
+        Ok(answer::pieces(response.stream, increments, context))
     }
 
     fn default_model(&self) -> &str {

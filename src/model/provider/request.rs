@@ -1,9 +1,11 @@
 //! A [`Prompt`] as `genai` takes it. Sends what was said, never the reasoning behind it.
 
+use std::sync::Arc;
+
 use genai::adapter::AdapterKind;
 use genai::chat::{
-    Binary, ChatMessage, ChatOptions, ChatRequest, ChatRole, ContentPart, CustomPart,
-    MessageContent, ReasoningEffort, Tool, ToolCall, ToolResponse,
+    Binary, ChatFrameSink, ChatMessage, ChatOptions, ChatRequest, ChatRole, ContentPart,
+    CustomPart, MessageContent, ReasoningEffort, Tool, ToolCall, ToolResponse,
 };
 use serde_json::{Value, json};
 
@@ -23,7 +25,12 @@ pub(super) fn request(prompt: Prompt, kind: AdapterKind) -> Result<ChatRequest> 
 }
 
 /// How to answer, and how long to wait.
-pub(super) fn options(prompt: &Prompt, context: &Context, verbatim_name: bool) -> ChatOptions {
+pub(super) fn options(
+    prompt: &Prompt,
+    increments: Arc<dyn ChatFrameSink>,
+    context: &Context,
+    verbatim_name: bool,
+) -> ChatOptions {
     let mut options = ChatOptions {
         temperature: prompt.options.temperature,
         top_p: prompt.options.top_p,
@@ -33,6 +40,7 @@ pub(super) fn options(prompt: &Prompt, context: &Context, verbatim_name: bool) -
         stream_read_timeout: Some(context.idle_timeout),
         capture_usage: Some(true),
         capture_tool_calls: Some(!context.sends_increments()),
+        raw_frame_sink: context.sends_increments().then_some(increments),
         ..ChatOptions::default()
     };
     if verbatim_name {
