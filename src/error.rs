@@ -17,7 +17,8 @@ pub const DOMAIN: &str = "chatmemory.v1";
 /// When to try again where nothing better is known.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Bytes of an error's message at most: it travels in an HTTP header, where clients accept little.
+/// Bytes of an error's message at most, and of the field and the rule in its details: they travel in
+/// HTTP headers, where clients accept little.
 const MESSAGE_BYTES_MAX: usize = 1024;
 
 /// Why a call failed.
@@ -316,17 +317,17 @@ impl From<Error> for Status {
         if matches!(error, Error::Store(store::Error::OutcomeUnknown(_))) {
             message.push_str(UNKNOWN);
         }
-        message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+        let cut = |text: &str| text[..text.floor_char_boundary(MESSAGE_BYTES_MAX)].to_owned();
 
         let mut details = ErrorDetails::new();
         details.set_error_info(verdict.reason.clone(), DOMAIN, verdict.metadata);
         if let Some((field, rule)) = error.field() {
-            details.add_bad_request_violation(field, rule);
+            details.add_bad_request_violation(cut(field), cut(&rule));
         }
         if let Some(after) = verdict.retry {
             details.set_retry_info(Some(after));
         }
-        Status::with_error_details(verdict.code, message, details)
+        Status::with_error_details(verdict.code, cut(&message), details)
     }
 }
 

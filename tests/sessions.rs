@@ -318,6 +318,7 @@ async fn bad_requests_name_the_field() {
         (update(named(""), &["title"]), "session.session_id"),
         (update(named("s"), &[]), "update_mask"),
         (update(named("s"), &["message_count"]), "update_mask"),
+        (update(named("s"), &[&"x".repeat(100_000)]), "update_mask"),
         (update(long, &["title"]), "session.title"),
         (update(many, &["metadata"]), "session.metadata"),
         (update(short, &["ttl"]), "session.ttl"),
