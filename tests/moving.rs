@@ -16,6 +16,7 @@ use chat_memory::{
     store::{
         List, Store,
         redis::{Redis as RedisStore, Settings},
+        sessions::{About, ListRecent, Look, Update},
         sqlite::Sqlite,
     },
 };
@@ -459,6 +460,133 @@ async fn an_expiry_goes_from_file_to_file_and_to_redis() {
     }
 }
 
+/// What is said of a session, and when it ends.
+async fn said_of(store: &dyn Store, name: &str) -> (About, Option<i64>) {
+    let seen = store.look(&session(name), Look::default()).await.unwrap();
+    (seen.about, seen.expires_ms)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_said_of_a_session_goes_with_it_and_stands_where_it_is_said_already() {
+    const TTL_MS: i64 = 100_000_000;
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let metadata = BTreeMap::from([("user".to_owned(), "Ann \"\u{1F600}".to_owned())]);
+    let told = |title: &str, ttl_ms| Update {
+        title: Some(title.to_owned()),
+        metadata: Some(metadata.clone()),
+        ttl_ms: Some(Some(ttl_ms)),
+    };
+    let redis = Redis::start().await;
+    let sources: [(_, Box<dyn Store>); 2] = [
+        (
+            embedded(&path("from.db")),
+            Box::new(Sqlite::open(&path("from.db"), PREFIX).unwrap()),
+        ),
+        (on(&redis), Box::new(connect(&redis).await)),
+    ];
+    for (number, (from, store)) in sources.into_iter().enumerate() {
+        for name in ["lives", "for ever", "nothing", "known", "ends", "longer"] {
+            fill(&*store, &session(name), 2).await;
+        }
+        for (name, update) in [
+            ("lives", told("A story", TTL_MS)),
+            ("for ever", told("", 0)),
+            ("known", told("Here", TTL_MS)),
+            ("ends", told("Here", TTL_MS)),
+            ("longer", told("Here", TTL_MS)),
+        ] {
+            let told = store.update_session(&session(name), update).await;
+            assert!(told.unwrap().is_some());
+        }
+        drop(store);
+        let out = path("out.jsonl");
+        let _ = std::fs::remove_file(&out);
+        let out = out.to_str().unwrap();
+        succeeded(&moving("export", &from, &["--output", out]));
+
+        let redis = Redis::start().await;
+        let file = path(&format!("{number}.db"));
+        for to in [embedded(&file), on(&redis)] {
+            let open = async || {
+                let store: Box<dyn Store> = match to[0].as_str() {
+                    "--redis" => Box::new(connect(&redis).await),
+                    _ => Box::new(Sqlite::open(&file, PREFIX).unwrap()),
+                };
+                store
+            };
+            let store = open().await;
+            for name in ["known", "ends", "longer"] {
+                fill(&*store, &session(name), 2).await;
+            }
+            let there = Update {
+                title: Some("There".to_owned()),
+                ttl_ms: Some(Some(0)),
+                ..Update::default()
+            };
+            let known = session("known");
+            store.update_session(&known, there).await.unwrap();
+            let ends_ms = now_ms() + 5_000_000;
+            assert!(store.expire(&session("ends"), ends_ms).await.unwrap());
+            store
+                .append(&session("longer"), batch(["3"]))
+                .await
+                .unwrap();
+            drop(store);
+
+            succeeded(&moving("import", &to, &["--input", out]));
+            let is_in = |at_ms: Option<i64>, left_ms: i64| {
+                at_ms.is_some_and(|at_ms| at_ms.abs_diff(now_ms() + left_ms) < 60_000)
+            };
+            let about = |title: &str, ttl_ms| About {
+                title: title.to_owned(),
+                metadata: metadata.clone(),
+                ttl_ms,
+                origin: None,
+            };
+            let store = open().await;
+            for (name, expected, left_ms) in [
+                ("lives", about("A story", Some(TTL_MS)), Some(TTL_MS)),
+                ("for ever", about("", Some(0)), None),
+                ("nothing", About::default(), None),
+                ("known", about("There", Some(0)), None),
+                ("ends", about("Here", None), Some(5_000_000)),
+                ("longer", about("Here", Some(TTL_MS)), Some(TTL_MS)),
+            ] {
+                let (about, expires_ms) = said_of(&*store, name).await;
+                assert_eq!(about, expected, "{name} from {from:?} in {to:?}");
+                match left_ms {
+                    Some(left_ms) => assert!(is_in(expires_ms, left_ms), "{name}: {expires_ms:?}"),
+                    None => assert_eq!(expires_ms, None, "{name}"),
+                }
+            }
+            // They are found by it.
+            let list = ListRecent {
+                metadata: metadata.clone(),
+                limit: 10,
+                ..ListRecent::default()
+            };
+            let found = store.list_sessions(list).await.unwrap();
+            assert_eq!(found.sessions.len(), 5);
+
+            // A repetition starts no life anew and takes nothing back.
+            let renamed = Update {
+                title: Some("Renamed".to_owned()),
+                ..Update::default()
+            };
+            let lives = session("lives");
+            store.update_session(&lives, renamed).await.unwrap();
+            let before = said_of(&*store, "lives").await;
+            drop(store);
+            succeeded(&moving("import", &to, &["--input", out]));
+            let (about, expires_ms) = said_of(&*open().await, "lives").await;
+            assert_eq!((&about, about.title.as_str()), (&before.0, "Renamed"));
+            // Redis tells how long is left, whatever the time.
+            assert!(expires_ms.unwrap().abs_diff(before.1.unwrap()) < 100);
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_a_server_uses_can_be_exported_but_not_imported_into() {
     let directory = tempfile::tempdir().unwrap();
@@ -592,6 +720,10 @@ async fn an_input_that_is_no_export_is_refused_with_its_line() {
         (format!("{header}\n{{\"text\":\"secret\"}}\n"), 2),
         (
             format!("{header}\n{{\"session\":{{\"id\":\"a{{b\"}}}}\n"),
+            2,
+        ),
+        (
+            format!("{header}\n{{\"session\":{{\"id\":\"a\",\"ttl_ms\":-1}}}}\n"),
             2,
         ),
         (

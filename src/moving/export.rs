@@ -9,14 +9,14 @@ use std::{
 
 use super::{
     Failure,
-    lines::{Header, Line, Totals, VERSION, read_line},
+    lines::{Facts, Header, Line, Totals, VERSION, read_line},
     open, patiently,
     progress::Progress,
 };
 use crate::{
     config::{ExportArgs, Problems},
     message::{PAGE_BYTES_MAX, PAGE_MESSAGES_MAX, SessionId},
-    store::{Body, Cursor, List, Order, Read, Store},
+    store::{Body, Cursor, List, Order, Read, Store, sessions::Look},
 };
 
 /// Names that one step of the listing looks at: what is done again after an interruption.
@@ -107,7 +107,7 @@ impl Export<'_> {
 
     /// Writes a session as far as it goes now; false if there is nothing of it.
     async fn session(&mut self, session: &SessionId) -> Result<bool, Failure> {
-        let expires_at_ms = patiently(|| self.store.expiry(session)).await?;
+        let facts = self.facts(session).await?;
         let mut read = Read {
             order: Order::OldestFirst,
             after: 0,
@@ -136,7 +136,8 @@ impl Export<'_> {
                 read.before = Some(page.last_sequence + 1);
                 epoch = Some(page.epoch);
                 let id = id.clone();
-                self.write(&Line::Session { id, expires_at_ms })?;
+                let facts = facts.clone();
+                self.write(&Line::Session { id, facts })?;
             } else if epoch != Some(page.epoch) {
                 self.problem(&format!("session {id:?}: was cleared meanwhile"));
                 break;
@@ -173,6 +174,26 @@ impl Export<'_> {
             self.write(&Line::End { id, elements })?;
         }
         Ok(true)
+    }
+
+    /// What is kept of a session besides its elements; nothing, and a problem, if that cannot be read.
+    async fn facts(&mut self, session: &SessionId) -> Result<Facts, Failure> {
+        match patiently(|| self.store.look(session, Look::default())).await {
+            Ok(seen) => Ok(Facts {
+                expires_at_ms: seen.expires_ms,
+                ttl_ms: seen.about.ttl_ms,
+                title: seen.about.title,
+                metadata: seen.about.metadata,
+            }),
+            Err(error) if super::is_of_one_session(&error) => {
+                self.problem(&format!(
+                    "session {:?}: its expiry, title and metadata are not exported: {error}",
+                    session.as_str()
+                ));
+                Ok(Facts::default())
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn write(&mut self, line: &Line<'_>) -> Result<(), Failure> {

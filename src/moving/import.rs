@@ -14,19 +14,19 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     Failure,
-    lines::{self, Line, VERSION, read_line},
+    lines::{self, Facts, Line, VERSION, read_line},
     open, patiently,
     progress::Progress,
 };
 use crate::{
     config::ImportArgs,
     message::{
-        BATCH_BYTES_MAX, BATCH_MESSAGES_MAX, PAGE_BYTES_MAX, PAGE_MESSAGES_MAX, SessionId,
-        UnixMillis, now_ms,
+        BATCH_BYTES_MAX, BATCH_MESSAGES_MAX, PAGE_BYTES_MAX, PAGE_MESSAGES_MAX, SessionId, now_ms,
     },
     store::{
         self, Append, Body, ELEMENT_BYTES_MAX, Element, Epoch, Order, Read, RequestKey, Sequence,
         Store,
+        sessions::{Look, TTL_MS_MAX, Update},
     },
 };
 
@@ -136,10 +136,15 @@ impl Import<'_> {
                 // Only an export that went on after an interruption begins a session anew.
                 self.end(None).await
             }
-            Line::Session { id, expires_at_ms } => {
+            Line::Session { id, facts } => {
                 self.end(None).await?;
                 let session = SessionId::parse(id).map_err(|v| malformed(v.to_string()))?;
-                self.begin(session, expires_at_ms);
+                if !(0..=TTL_MS_MAX).contains(&facts.ttl_ms.unwrap_or(0)) {
+                    return Err(malformed(
+                        "has a ttl_ms that no session can have".to_owned(),
+                    ));
+                }
+                self.begin(session, facts);
                 Ok(())
             }
             Line::Text(text) => {
@@ -164,8 +169,8 @@ impl Import<'_> {
         }
     }
 
-    fn begin(&mut self, session: SessionId, expires_at_ms: Option<UnixMillis>) {
-        if expires_at_ms.is_some_and(|at_ms| at_ms <= now_ms()) {
+    fn begin(&mut self, session: SessionId, facts: Facts) {
+        if facts.expires_at_ms.is_some_and(|at_ms| at_ms <= now_ms()) {
             self.counts.expired += 1;
             self.current = Current::Skipped {
                 id: session.to_string(),
@@ -175,7 +180,7 @@ impl Import<'_> {
         }
         self.current = Current::Taken(Box::new(Target {
             session,
-            expires_at_ms,
+            facts,
             elements: 0,
             present: 0,
             added: 0,
@@ -290,7 +295,7 @@ impl From<store::Error> for Stop {
 /// A session of the store while its lines come.
 struct Target {
     session: SessionId,
-    expires_at_ms: Option<UnixMillis>,
+    facts: Facts,
     /// Lines of elements so far.
     elements: u64,
     /// Those that the store held already, and those that were added.
@@ -345,11 +350,41 @@ impl Target {
         if self.held.is_empty() && self.has_more {
             self.read(store).await?;
         }
-        // A session that has gone on since has the expiry that its writers gave it.
-        let is_as_exported = self.held.is_empty() && self.elements > 0;
-        if let Some(at_ms) = self.expires_at_ms
-            && is_as_exported
-            && is_whole
+        if is_whole && self.elements > 0 {
+            self.describe(store).await?;
+        }
+        Ok(())
+    }
+
+    /// Says of the session what the input says of it. What somebody has said of it already stands,
+    /// so that a repetition changes nothing.
+    async fn describe(&self, store: &dyn Store) -> Result<(), Stop> {
+        let Facts {
+            expires_at_ms,
+            ttl_ms,
+            title,
+            metadata,
+        } = &self.facts;
+        if self.facts == Facts::default() {
+            return Ok(());
+        }
+        let seen = patiently(|| store.look(&self.session, Look::default())).await?;
+        let lives_on = seen.about.ttl_ms.is_none() && seen.expires_ms.is_none();
+        let has_title = !seen.about.title.is_empty() || title.is_empty();
+        let has_metadata = !seen.about.metadata.is_empty() || metadata.is_empty();
+        let update = Update {
+            title: (!has_title).then(|| title.clone()),
+            metadata: (!has_metadata).then(|| metadata.clone()),
+            ttl_ms: ttl_ms.filter(|_| lives_on).map(Some),
+        };
+        if update != Update::default() {
+            patiently(|| store.update_session(&self.session, update.clone())).await?;
+        }
+        // With a time to live of its own, that starts now. A session that has gone on since has the
+        // expiry that its writers gave it.
+        if let (Some(at_ms), None) = (*expires_at_ms, ttl_ms)
+            && lives_on
+            && self.held.is_empty()
         {
             patiently(|| store.expire(&self.session, at_ms)).await?;
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! {"chat_memory_export":{"version":1,"store":"SQLite file /data/chat-memory.db","key_prefix":"message_store:","prefix":""}}
-//! {"session":{"id":"foo","expires_at_ms":1763910000123}}
+//! {"session":{"id":"foo","expires_at_ms":1763910000123,"ttl_ms":86400000,"title":"A story","metadata":{"user":"ann"}}}
 //! {"text":"{\"type\": \"human\", …"}      an element that is UTF-8, oldest first
 //! {"base64":"/w=="}                       an element that is not
 //! {"end":{"id":"foo","elements":2}}
@@ -10,17 +10,20 @@
 //! {"complete":{"sessions":1,"elements":2}}
 //! ```
 //!
-//! A session may come more than once: the walk through a Redis that grows may meet it twice.
+//! Of a session, only the id is always there: what is not said of it is left out, and older programs
+//! wrote no more than the expiry. A session may come more than once: the walk through a Redis that
+//! grows may meet it twice.
 
 use std::{
     borrow::Cow,
+    collections::BTreeMap,
     io::{self, BufRead, Read as _, Write},
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde::{Deserialize, Serialize};
 
-use crate::store::ELEMENT_BYTES_MAX;
+use crate::{message::UnixMillis, store::ELEMENT_BYTES_MAX};
 
 /// The version of the format that is written, and the only one that is read.
 pub const VERSION: u32 = 1;
@@ -35,9 +38,8 @@ pub enum Line<'a> {
     ChatMemoryExport(Header),
     Session {
         id: String,
-        /// When it expires, in milliseconds since 1970.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        expires_at_ms: Option<i64>,
+        #[serde(flatten)]
+        facts: Facts,
     },
     Text(Cow<'a, str>),
     Base64(Cow<'a, str>),
@@ -67,6 +69,22 @@ pub struct Header {
     pub session: Option<String>,
     /// What the session ids begin with.
     pub prefix: String,
+}
+
+/// What is kept of a session besides its elements.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Facts {
+    /// When it expires, in milliseconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires_at_ms: Option<UnixMillis>,
+    /// How long it lives after a write, if that was said of this session; 0 for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<i64>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub title: String,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// What has been written so far.
@@ -165,9 +183,21 @@ mod tests {
             (
                 Line::Session {
                     id: "a\"b".to_owned(),
-                    expires_at_ms: None,
+                    facts: Facts::default(),
                 },
                 r#"{"session":{"id":"a\"b"}}"#,
+            ),
+            (
+                Line::Session {
+                    id: "a".to_owned(),
+                    facts: Facts {
+                        expires_at_ms: Some(5),
+                        ttl_ms: Some(0),
+                        title: "t".to_owned(),
+                        metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
+                    },
+                },
+                r#"{"session":{"id":"a","expires_at_ms":5,"ttl_ms":0,"title":"t","metadata":{"k":"v"}}}"#,
             ),
             (
                 Line::End {

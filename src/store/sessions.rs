@@ -21,6 +21,9 @@ pub const REWINDS_MAX: usize = 1_000;
 /// Elements that one step of a fork copies, at most.
 pub const FORK_STEP: usize = 500;
 
+/// How long a session may be told to live, at most: ten years.
+pub const TTL_MS_MAX: i64 = 10 * 366 * 24 * 3600 * 1000;
+
 /// How long, at most, other programs' writes can go unnoticed by a [`Bell`].
 pub const NOTICED_WITHIN_MS: u64 = 5_000;
 

@@ -13,7 +13,7 @@ use crate::{
     sessions::{Portrait, Scene},
     store::{
         Cursor, RequestKey, Sequence,
-        sessions::{About, Fork, ListRecent, RecentPage, Rewind, Seen, Update},
+        sessions::{About, Fork, ListRecent, RecentPage, Rewind, Seen, TTL_MS_MAX, Update},
     },
     turn::{Report, State},
     watch::Notice,
@@ -26,8 +26,6 @@ const TITLE_BYTES_MAX: usize = 512;
 const PAIRS_MAX: usize = 16;
 const KEY_BYTES_MAX: usize = 64;
 const VALUE_BYTES_MAX: usize = 512;
-/// Seconds that a session may be told to live: ten years.
-const TTL_SECONDS_MAX: i64 = 10 * 366 * 24 * 3600;
 /// Sessions of a page, if the client does not say, and at most.
 const PAGE_SESSIONS_DEFAULT: usize = 50;
 const PAGE_SESSIONS_MAX: usize = 1_000;
@@ -96,7 +94,7 @@ fn parse_pairs(field: &str, pairs: &HashMap<String, String>) -> Checked<BTreeMap
 
 fn parse_ttl(ttl: &Duration) -> Checked<i64> {
     let is_short = ttl.seconds == 0 && ttl.nanos != 0;
-    if !(0..=TTL_SECONDS_MAX).contains(&ttl.seconds)
+    if !(0..=TTL_MS_MAX / 1000).contains(&ttl.seconds)
         || !(0..1_000_000_000).contains(&ttl.nanos)
         || is_short
     {

@@ -43,7 +43,12 @@ const AS_NOW: &str = "
             NULL AS count
         FROM main.sessions;
     CREATE TEMP VIEW turns AS
-        SELECT NULL AS session, NULL AS state, NULL AS forget_ms WHERE 0;";
+        SELECT NULL AS session, NULL AS number, NULL AS id, NULL AS name, NULL AS fingerprint,
+            NULL AS state, NULL AS token, NULL AS expires_ms, NULL AS attempt, NULL AS tries,
+            NULL AS reserved, NULL AS first_chunk, NULL AS next_chunk, NULL AS stop,
+            NULL AS outcome, NULL AS first_sequence, NULL AS count, NULL AS time_ms,
+            NULL AS forget_ms
+        WHERE 0;";
 
 /// Why the file cannot be used. For the operator, at start.
 #[derive(Debug, thiserror::Error)]
