@@ -63,11 +63,11 @@ pub fn serve(settings: &Serve) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Settings(problems)) => {
-            eprintln!("{problems}");
+            let _ = writeln!(io::stderr(), "{problems}");
             ExitCode::from(EXIT_USAGE)
         }
         Err(failure) => {
-            eprintln!("error: {failure}");
+            let _ = writeln!(io::stderr(), "error: {failure}");
             ExitCode::FAILURE
         }
     }
@@ -84,7 +84,7 @@ pub fn client(work: impl Future<Output = ExitCode>) -> ExitCode {
             code
         }
         Err(error) => {
-            eprintln!("error: cannot run: {error}");
+            let _ = writeln!(io::stderr(), "error: cannot run: {error}");
             ExitCode::FAILURE
         }
     }
@@ -101,7 +101,7 @@ pub fn tool(work: impl Future<Output = ExitCode>) -> ExitCode {
     match runtime {
         Ok(runtime) => runtime.block_on(work),
         Err(error) => {
-            eprintln!("error: cannot run: {error}");
+            let _ = writeln!(io::stderr(), "error: cannot run: {error}");
             ExitCode::from(EXIT_USAGE)
         }
     }

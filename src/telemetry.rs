@@ -29,6 +29,9 @@ pub fn start(format: LogFormat, filter: &str) -> Result<(), ParseError> {
     let subscriber = fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Else a line that cannot be written, as nobody reads stderr any more, ends the thread: the
+        // library tells of it on stderr, too.
+        .log_internal_errors(false)
         .with_target(false);
     let started = match format {
         LogFormat::Json => subscriber.json().flatten_event(true).try_init(),

@@ -68,6 +68,28 @@ async fn it_says_what_it_is_where_it_listens_and_what_to_do_next() {
 }
 
 #[tokio::test]
+async fn it_serves_on_when_nobody_reads_its_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("chat.db");
+    let mut program = Program::start_unread(&[
+        "--listen",
+        "127.0.0.1:0",
+        "--database",
+        database.to_str().unwrap(),
+        // Each call is a line.
+        "--log",
+        "debug",
+    ]);
+    let mut client = connect(&program).await;
+    for _ in 0..3 {
+        tell(&mut client, chat("foo", "hi")).await;
+    }
+    assert_eq!(contents(&mut client, "foo").await.len(), 6);
+    program.signal("TERM");
+    assert!(program.wait().success());
+}
+
+#[tokio::test]
 async fn the_history_survives_a_restart_and_sequences_go_on() {
     let directory = tempfile::tempdir().unwrap();
     let database = directory.path().join("chat.db");

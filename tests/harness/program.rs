@@ -54,7 +54,16 @@ impl Program {
     }
 
     /// The server that this command starts. Fails if it does not get ready.
-    pub fn start_as(mut command: Command) -> Self {
+    pub fn start_as(command: Command) -> Self {
+        Self::start_reading(command, true)
+    }
+
+    /// A server with these arguments whose stderr is a pipe that nobody reads any more.
+    pub fn start_unread(args: &[&str]) -> Self {
+        Self::start_reading(command(args), false)
+    }
+
+    fn start_reading(mut command: Command, reads_errors: bool) -> Self {
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -73,11 +82,15 @@ impl Program {
         // The errors are read too, for the same reason; they are shown if it does not start.
         let mut stderr = child.stderr.take().expect("a pipe");
         let (send_errors, errors) = mpsc::channel();
-        std::thread::spawn(move || {
-            let mut text = String::new();
-            stderr.read_to_string(&mut text).ok();
-            send_errors.send(text).ok();
-        });
+        if reads_errors {
+            std::thread::spawn(move || {
+                let mut text = String::new();
+                stderr.read_to_string(&mut text).ok();
+                send_errors.send(text).ok();
+            });
+        } else {
+            drop(stderr);
+        }
 
         let mut banner = String::new();
         let mut addresses = Vec::new();
