@@ -628,6 +628,46 @@ async fn sessions_move_between_a_file_and_all_nodes_of_a_cluster() {
     }
 }
 
+/// A plain client would be given a third of the sessions, and no word of the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_url_of_the_other_kind_is_refused_with_the_one_to_use() {
+    let cluster = Cluster::without_replicas().await;
+    let alone = harness::redis::Redis::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("sessions.jsonl");
+    std::fs::write(&file, "").unwrap();
+    let file = file.to_str().unwrap().to_owned();
+
+    let node = cluster.nodes[0].url();
+    let of_a_cluster = format!("redis-cluster://{}", alone.address());
+    let mut commands = Vec::new();
+    for (url, hint) in [(&node, "`redis-cluster://`"), (&of_a_cluster, "`redis://`")] {
+        for words in [
+            vec!["export"],
+            vec!["import", "--input", &file],
+            vec!["doctor"],
+        ] {
+            let words = [words, vec!["--redis", url]].concat();
+            let words: Vec<String> = words.into_iter().map(str::to_owned).collect();
+            commands.push((tokio::task::spawn_blocking(|| run(words)), hint));
+        }
+    }
+    for (url, hint) in [(&node, "`redis-cluster://`"), (&of_a_cluster, "`redis://`")] {
+        let program = Program::start(&["--listen", "127.0.0.1:0", "--redis", url]);
+        let mut client = client(tcp_channel(&program.addresses[0]).await);
+        let refused = client.append(append("a", vec![user("hi")])).await;
+        let refused = refused.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
+        assert!(refused.message().contains(hint), "{refused}");
+    }
+    for (command, hint) in commands {
+        let output = command.await.unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{said}");
+        assert!(said.contains(hint), "{said}");
+    }
+}
+
 #[tokio::test]
 async fn a_cluster_with_tls_is_served_by_all_its_nodes() {
     let cluster = Cluster::with_tls().await;

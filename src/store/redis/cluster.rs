@@ -530,7 +530,7 @@ impl Shared {
                 let (values, _) = answer.map_err(reason_of)?;
                 let value = values.into_iter().next().unwrap_or_default();
                 Map::parse(
-                    value.extract_error().map_err(|error| explain(&error))?,
+                    value.extract_error().map_err(|error| no_map(&error))?,
                     &place,
                 )
             };
@@ -571,6 +571,18 @@ impl Shared {
             reachable.send_if_modified(|was| std::mem::replace(was, is_reachable) != is_reachable);
             time::sleep(RETRY_PAUSE).await;
         }
+    }
+}
+
+/// Why a node tells no map.
+fn no_map(error: &RedisError) -> String {
+    let text = explain(error);
+    match text.contains("cluster support disabled") {
+        true => {
+            "this Redis is in no cluster: its URL begins with `redis://`, or `rediss://` with TLS"
+                .to_owned()
+        }
+        false => text,
     }
 }
 

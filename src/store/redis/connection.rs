@@ -347,7 +347,7 @@ fn value_of<'a>(info: &'a str, name: &str) -> Option<&'a str> {
 }
 
 /// Whether this Redis will do.
-fn check_info(info: &str, may_be_replica: bool) -> Result<(), String> {
+fn check_info(info: &str, is_in_cluster: bool) -> Result<(), String> {
     // Valkey says `redis_version:7.2.4`, too.
     if let Some(version) = value_of(info, "redis_version") {
         let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
@@ -359,8 +359,17 @@ fn check_info(info: &str, may_be_replica: bool) -> Result<(), String> {
             ));
         }
     }
+    // Valkey has a name of its own. A node would show its own sessions only, and refuse the others'.
+    let mode = value_of(info, "redis_mode").or_else(|| value_of(info, "server_mode"));
+    if !is_in_cluster && mode == Some("cluster") {
+        return Err(
+            "this Redis is a node of a cluster: its URL begins with `redis-cluster://`, or \
+             `rediss-cluster://` with TLS"
+                .to_owned(),
+        );
+    }
     // After a failover, the address may lead to the old master for a while.
-    if !may_be_replica && value_of(info, "role") == Some("slave") {
+    if !is_in_cluster && value_of(info, "role") == Some("slave") {
         return Err("this Redis is a replica, which cannot be written to".to_owned());
     }
     Ok(())
@@ -813,5 +822,11 @@ mod tests {
             Err("this is Redis 6.0.16, and 6.2 or later is needed".to_owned())
         );
         assert!(check_info("redis_version:7.0.15\r\nrole:slave\r\n", false).is_err());
+        for mode in ["redis_mode:cluster\r\n", "server_mode:cluster\r\n"] {
+            let refused = check_info(mode, false).unwrap_err();
+            assert!(refused.contains("redis-cluster://"), "{refused}");
+            assert_eq!(check_info(mode, true), Ok(()));
+        }
+        assert_eq!(check_info("redis_mode:standalone\r\n", false), Ok(()));
     }
 }
