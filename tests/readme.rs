@@ -57,24 +57,12 @@ fn settled(output: &str) -> String {
     texts.collect::<Vec<_>>().join("\n")
 }
 
+/// One after the other, as somebody does who reads it.
 #[test]
 fn the_grpcurl_commands_print_what_the_readme_shows() {
     let directory = tempfile::tempdir().unwrap();
     let server = Program::embedded(&directory.path().join("readme.db"));
-    let readme = std::fs::read_to_string(readme_path()).unwrap();
-    let mut updated = readme.clone();
-    let mut count = 0;
-    for block in readme.split("```console\n").skip(1) {
-        let block = block.split("\n```").next().unwrap();
-        let Some((command, shown)) = block.split_once('\n') else {
-            continue;
-        };
-        let Some(command) = command
-            .strip_prefix("$ ")
-            .filter(|c| c.starts_with("grpcurl "))
-        else {
-            continue;
-        };
+    let run = |command: &str| {
         assert!(command.contains(ADDRESS), "{command}");
         let output = Command::new("sh")
             .args(["-c", &command.replace(ADDRESS, &server.addresses[0])])
@@ -85,6 +73,41 @@ fn the_grpcurl_commands_print_what_the_readme_shows() {
             Some(127),
             "grpcurl is missing: scripts/test installs it"
         );
+        output
+    };
+    let readme = std::fs::read_to_string(readme_path()).unwrap();
+    let mut updated = readme.clone();
+    let (mut count, mut steps) = (0, 0);
+    for block in readme.split("\n```").skip(1).step_by(2) {
+        // Those without their output: a comment, and the command.
+        if let Some(script) = block
+            .strip_prefix("sh\n# ")
+            .filter(|s| s.contains("grpcurl "))
+        {
+            for step in script.split("\n# ") {
+                let (comment, command) = step.split_once('\n').unwrap();
+                // A watch has no end.
+                if !command.contains("/Watch") {
+                    let output = run(command);
+                    let errors = String::from_utf8_lossy(&output.stderr);
+                    assert!(output.status.success(), "{comment}\n{errors}");
+                    steps += 1;
+                }
+            }
+        }
+        let Some(block) = block.strip_prefix("console\n") else {
+            continue;
+        };
+        let Some((command, shown)) = block.split_once('\n') else {
+            continue;
+        };
+        let Some(command) = command
+            .strip_prefix("$ ")
+            .filter(|c| c.starts_with("grpcurl "))
+        else {
+            continue;
+        };
+        let output = run(command);
         let text = if output.status.success() {
             output.stdout
         } else {
@@ -95,7 +118,11 @@ fn the_grpcurl_commands_print_what_the_readme_shows() {
         updated = updated.replacen(block, &replaced, 1);
         count += 1;
     }
-    assert_eq!(count, 5, "the README shows each method and an error");
+    assert_eq!(
+        (count, steps),
+        (5, 7),
+        "the README shows each method and an error"
+    );
     if std::env::var_os("UPDATE_README").is_some() {
         std::fs::write(readme_path(), &updated).unwrap();
     }
