@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::{
+    ArgMatches, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
+    parser::ValueSource,
+};
 
 use crate::{
     cli::args::{
@@ -78,9 +81,10 @@ Examples:
   chat-memory doctor --redis redis://localhost:6379/0
   chat-memory doctor --redis redis://localhost:6379/0 --json | jq '.findings[]'
 
-Only commands that read are sent: SCAN, TYPE, PTTL, LLEN, MEMORY USAGE, LRANGE. No text of messages
-is shown. One message that LangChain cannot read makes its whole session unreadable for LangChain;
-chat-memory reads the others, and hands that one out as bytes.
+Only commands that read are sent: SCAN, TYPE, PTTL, LLEN, MEMORY USAGE, LRANGE; besides, PING, INFO
+and in a cluster CLUSTER SLOTS. No text of messages is shown. One message that LangChain cannot read
+makes its whole session unreadable for LangChain; chat-memory reads the others, and hands that one out
+as bytes.
 The exit code is 0 if all is well, 1 if something was found, 2 if it could not run.";
 
 /// A gRPC memory server for LLM chats: keeps each session's messages in Redis or in one file, and
@@ -99,19 +103,46 @@ pub struct Cli {
 impl Cli {
     /// Takes the command line and the environment; ends the program if that cannot be.
     pub fn parse_all() -> Self {
-        let matches = without_empty_variables(Self::command()).get_matches();
+        let command = without_variables(Self::command(), is_variable_empty);
+        let matches = command.clone().get_matches();
+        let matches = match variables_of_the_other_store(&matches) {
+            Some(is_of_it) => without_variables(command, is_of_it).get_matches(),
+            None => matches,
+        };
         Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
     }
 }
 
-/// An empty variable is how compose files leave a setting out: it counts as absent.
-fn without_empty_variables(command: clap::Command) -> clap::Command {
+/// Takes the variables of these settings for absent.
+fn without_variables(command: clap::Command, are_absent: fn(&clap::Arg) -> bool) -> clap::Command {
     command
-        .mut_args(|arg| match arg.get_env().map(std::env::var_os) {
-            Some(Some(value)) if value.is_empty() => arg.env(None::<&str>),
-            _ => arg,
+        .mut_args(|arg| match are_absent(&arg) {
+            true => arg.env(None::<&str>),
+            false => arg,
         })
-        .mut_subcommands(without_empty_variables)
+        .mut_subcommands(|command| without_variables(command, are_absent))
+}
+
+/// An empty variable is how compose files leave a setting out.
+fn is_variable_empty(arg: &clap::Arg) -> bool {
+    let value = arg.get_env().and_then(std::env::var_os);
+    value.is_some_and(|value| value.is_empty())
+}
+
+/// A flag wins over a variable, also where it names one store and the variable the other.
+fn variables_of_the_other_store(matches: &ArgMatches) -> Option<fn(&clap::Arg) -> bool> {
+    let matches = matches
+        .subcommand()
+        .map_or(matches, |(_, of_command)| of_command);
+    let is_flag = |id| {
+        matches!(matches.try_contains_id(id), Ok(true))
+            && matches.value_source(id) == Some(ValueSource::CommandLine)
+    };
+    match (is_flag("redis"), is_flag("database")) {
+        (true, false) => Some(|arg| arg.get_id() == "database"),
+        (false, true) => Some(|arg| arg.get_id().as_str().starts_with("redis")),
+        _ => None,
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -507,7 +538,8 @@ pub struct RedisArgs {
     redis_timeout_ms: Given<u64>,
 
     /// Acknowledge a write once so many replicas have it (0 to 10). If fewer have it in a quarter of
-    /// the timeout, the outcome is unknown: the master has it, and a failover may lose it
+    /// the timeout, twice in a row, the outcome is unknown: the master has it, and a failover may lose
+    /// it
     #[arg(
         long,
         env = "CHAT_MEMORY_REDIS_WAIT_REPLICAS",
@@ -567,6 +599,9 @@ impl RedisArgs {
             if self.redis_ca_file.is_some() {
                 problems.add("--redis-ca-file: needs --redis".to_owned());
             }
+            if wait_replicas > 0 {
+                problems.add("--redis-wait-replicas: needs --redis".to_owned());
+            }
             return None;
         };
         let settings = redis::Settings {
@@ -583,6 +618,9 @@ impl RedisArgs {
                 "--key-prefix: must not be empty with a Redis Cluster: it puts the index into one slot"
                     .to_owned(),
             ),
+            Err(error @ redis::InvalidSettings::Certificates { .. }) => {
+                problems.add(format!("--redis-ca-file: {error}"));
+            }
             Err(error) => problems.add(format!("--redis: {error}")),
         }
         Some(settings)
@@ -610,7 +648,8 @@ impl StoreArgs {
         };
         if self.database.is_some() {
             problems
-                .add("--redis and --database: there is one store, choose one of them".to_owned());
+                .add("--redis and --database (CHAT_MEMORY_REDIS and CHAT_MEMORY_DATABASE): there is one \
+                 store, choose one of them".to_owned());
         }
         StoreConfig::Redis(settings)
     }
@@ -751,8 +790,8 @@ impl Serve {
     }
 
     fn check_upkeep(&self, problems: &mut Problems) -> Upkeep {
-        let periods =
-            Period(Duration::from_secs(1))..=Period(Duration::from_secs(3650 * 24 * 3600));
+        // Ten years, as they are counted where they are read and told.
+        let periods = Period(Duration::from_secs(1))..=Period(Duration::from_secs(10 * 31_557_600));
         let ttl = self.session_ttl.as_ref();
         let ttl = ttl.map(|ttl| problems.take("--session-ttl", ttl, periods));
         let elements_max = self
@@ -1013,6 +1052,7 @@ mod tests {
             "--model-url=http://localhost/v1",
             "--log-format=xml",
             "--unix-mode=999",
+            "--session-ttl=0",
         ])
         .unwrap_err();
         let text = problems.to_string();
@@ -1026,10 +1066,35 @@ mod tests {
             "--model-url: needs --model",
             "--log-format: \"xml\": must be auto, text or json",
             "--unix-mode: \"999\"",
+            "--session-ttl: 0s: must be 1s to 10years",
         ] {
             assert!(text.contains(flag), "{flag} is missing in:\n{text}");
         }
-        assert_eq!(problems.0.len(), 9, "{text}");
+        assert_eq!(problems.0.len(), 10, "{text}");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_redis_is_said_of_its_flag() {
+        let needless = ["--redis-ca-file=x.pem", "--redis-wait-replicas=1"];
+        for (flags, problems) in [
+            (&needless[..1], &["--redis-ca-file: needs --redis"][..]),
+            (&needless[1..], &["--redis-wait-replicas: needs --redis"]),
+            (
+                &["--redis=rediss://localhost", "--redis-ca-file=/missing.pem"],
+                &["--redis-ca-file: the certificates /missing.pem: "],
+            ),
+            (&["--redis=localhost:6379"], &["--redis: ", "`redis://HOST"]),
+            (&["--redis=foo"], &["--redis: ", "`redis-cluster://"]),
+            (
+                &["--redis=http://localhost"],
+                &["--redis: ", "`redis+unix://"],
+            ),
+        ] {
+            let text = check(flags).unwrap_err().to_string();
+            for problem in problems {
+                assert!(text.contains(problem), "{problem} is missing in:\n{text}");
+            }
+        }
     }
 
     #[test]

@@ -751,6 +751,9 @@ async fn an_input_that_is_no_export_is_refused_with_its_line() {
         );
         assert!(!said.contains("secret"), "{said}");
     }
+    let output = moving("import", &embedded(&path), &[]);
+    assert_eq!(output.stderr, b"error: the input is empty\n");
+    assert_eq!(output.status.code(), Some(1));
     assert!(
         contents(&Sqlite::open(&path, PREFIX).unwrap())
             .await
@@ -956,6 +959,29 @@ fn settings_that_cannot_work_are_refused_as_the_server_refuses_them() {
         assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(said.contains(problem), "{said}");
     }
+    // A flag wins over the variable of the other store; of two variables, neither does.
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("1.db");
+    drop(Sqlite::open(&path, PREFIX).unwrap());
+    let [flag, file] = embedded(&path);
+    let output = command(["export", &flag, &file])
+        .env("CHAT_MEMORY_REDIS", "rediss://127.0.0.1:1")
+        .env("CHAT_MEMORY_REDIS_CA_FILE", "missing.pem")
+        .output();
+    succeeded(&output.unwrap());
+    let nobody = ["--redis", "redis://127.0.0.1:1"];
+    let output = command(["export", nobody[0], nobody[1], "--key-prefix", "{"])
+        .env("CHAT_MEMORY_DATABASE", &path)
+        .output();
+    let said = String::from_utf8(output.unwrap().stderr).unwrap();
+    assert!(!said.contains("choose one of them"), "{said}");
+    let output = command(["export"])
+        .env("CHAT_MEMORY_REDIS", nobody[1])
+        .env("CHAT_MEMORY_DATABASE", &path)
+        .output();
+    let said = String::from_utf8(output.unwrap().stderr).unwrap();
+    assert!(said.contains("CHAT_MEMORY_DATABASE): there is"), "{said}");
+
     for name in ["export", "import", "doctor"] {
         let help = run([name, "--help"]);
         let help = String::from_utf8(help.stdout).unwrap();

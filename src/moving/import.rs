@@ -116,6 +116,9 @@ impl Import<'_> {
                 format!("imported {sessions} sessions, added {added} messages")
             });
         }
+        if bytes == 0 && line.is_empty() {
+            return Err(Failure::Refused("the input is empty".to_owned()));
+        }
         // The export was interrupted in this session: what there is of it counts.
         self.end(None).await?;
         self.finish(is_complete)

@@ -44,6 +44,9 @@ const QUEUE_MAX: usize = 1024;
 const KEEPALIVE: Duration = Duration::from_secs(15);
 /// The oldest Redis that has all that the scripts use.
 const VERSION_MIN: (u32, u32) = (6, 2);
+/// What a URL may be.
+const FORMS: &str = "must be such as `redis://HOST[:PORT][/DB]`, `rediss://…`, `redis+unix:///PATH`, \
+    `redis-sentinel://HOST,…/MASTER` or `redis-cluster://HOST,…`";
 /// Characters of an error of Redis that are passed on.
 const ERROR_CHARS_MAX: usize = 300;
 
@@ -107,6 +110,9 @@ impl Server {
             let tls = is_tls.then(|| tls_connector(ca_file)).transpose()?;
             let parsed = Sentinels::parse(rest, tls).map_err(InvalidSettings::Url)?;
             return Self::checked(Address::Sentinels(parsed.0), parsed.1, ca_file, timeout);
+        }
+        if redis::parse_redis_url(url).is_none() {
+            return Err(InvalidSettings::Url(FORMS.to_owned()));
         }
         let info = url
             .into_connection_info()

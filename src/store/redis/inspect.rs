@@ -1,5 +1,6 @@
 //! Looks at the keys of a Redis as they are. Sends only commands that read: SCAN, TYPE, PTTL, LLEN,
-//! MEMORY USAGE, LRANGE. Knows no sessions and not what the bytes mean.
+//! MEMORY USAGE, LRANGE, besides what any connection does. Knows no sessions and not what the bytes
+//! mean.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
