@@ -21,7 +21,7 @@ use harness::redis::Redis as Node;
 use harness::server::{
     Client, append, chat, client, contents, get, tcp_channel, tell, tell_rest, user,
 };
-use harness::stores::{batch, fill, fresh_request, read_all, session, texts};
+use harness::stores::{batch, expiry, fill, fresh_request, read_all, session, texts};
 use harness::turns;
 use harness::wait::{LIMIT, until};
 
@@ -287,7 +287,7 @@ async fn slots_may_move_under_load() {
         }
         // All keys are there, and the source still has the slot: ASK.
         let name = session(&sessions[0]);
-        assert_eq!(stores[0].expiry(&name).await.unwrap(), None);
+        assert_eq!(expiry(&*stores[0], &name).await, None);
         let owner = ["CLUSTER", "SETSLOT", &number, "NODE", &to_id];
         target.command::<()>(&owner).await;
         source.command::<()>(&owner).await;

@@ -24,7 +24,7 @@ use chat_memory::store::{
 use futures_util::future::{FutureExt as _, join_all};
 use harness::program::{Program, command};
 use harness::stores::{
-    all, batch, fill, fresh_session, read_all, request, sequences, session, texts,
+    all, batch, expiry, fill, fresh_session, read_all, request, sequences, session, texts,
 };
 use harness::turns::{LONG_MS, begin, end, follow, keep, lease, leased, take};
 use harness::wait;
@@ -459,7 +459,7 @@ async fn a_file_of_an_older_version_can_be_read_as_it_is() {
         let store = Sqlite::open_reader(&path, "").unwrap();
         let s = session("s");
         assert_eq!(texts(&read_all(&store, &s).await), ["a", "b"]);
-        assert_eq!(store.expiry(&s).await, Ok(None));
+        assert_eq!(expiry(&store, &s).await, None);
         let seen = store.look(&s, Look::default()).await.unwrap();
         assert_eq!(seen.count, 2);
         let list = List {
@@ -1186,7 +1186,7 @@ async fn a_read_is_a_write_once_in_a_while_only() {
     time.fetch_add(1, Ordering::SeqCst);
     read_all(&store, &s).await;
     fill(&store, &session("other"), 1).await;
-    let expires_ms = store.expiry(&s).await.unwrap().unwrap();
+    let expires_ms = expiry(&store, &s).await.unwrap();
     assert_eq!(expires_ms, time.load(Ordering::SeqCst) + 60_000);
 }
 

@@ -87,9 +87,6 @@ pub trait Store: TurnStore + SessionStore {
     /// begins a new walk.
     async fn sessions(&self, list: List) -> Result<SessionsPage>;
 
-    /// When the session will be gone by itself; `None` if it will not.
-    async fn expiry(&self, session: &SessionId) -> Result<Option<UnixMillis>>;
-
     /// Lets a session that has elements and no expiry expire at that time. Says whether it does
     /// now: an expiry that somebody else has set stands.
     async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool>;

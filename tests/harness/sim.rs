@@ -592,10 +592,6 @@ impl Store for Link {
         unreachable!("no turn lists sessions")
     }
 
-    async fn expiry(&self, _: &SessionId) -> store::Result<Option<i64>> {
-        Ok(None)
-    }
-
     async fn expire(&self, _: &SessionId, _: i64) -> store::Result<bool> {
         Ok(false)
     }

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use chat_memory::message::SessionId;
+use chat_memory::message::{SessionId, UnixMillis};
 use chat_memory::store::redis::{Redis, Settings};
-use chat_memory::store::sessions::Upkeep;
+use chat_memory::store::sessions::{Look, Upkeep};
 use chat_memory::store::sqlite::{self, Sqlite};
 use chat_memory::store::{Append, Body, Element, Order, Page, Read, RequestKey, Sequence, Store};
 use tempfile::TempDir;
@@ -202,4 +202,10 @@ pub fn bytes(element: &Element) -> &Bytes {
 pub fn texts(page: &Page) -> Vec<String> {
     let text = |element| String::from_utf8(bytes(element).to_vec()).unwrap();
     page.elements.iter().map(text).collect()
+}
+
+/// When a session will be gone by itself.
+pub async fn expiry(store: &dyn Store, session: &SessionId) -> Option<UnixMillis> {
+    let seen = store.look(session, Look::default()).await.unwrap();
+    seen.expires_ms
 }

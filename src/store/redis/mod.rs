@@ -475,19 +475,6 @@ impl Store for Redis {
         }
     }
 
-    async fn expiry(&self, session: &SessionId) -> Result<Option<UnixMillis>> {
-        let mut commands = redis::pipe();
-        let keys = Keys::new(&self.key_prefix, session);
-        commands.cmd("PTTL").arg(keys.in_order()[0]);
-        let answer = self.connection().query(&commands).await;
-        let (values, _) = answer.map_err(failure_of_read)?;
-        match values.first() {
-            Some(Value::Int(left)) if *left >= 0 => Ok(Some(now_ms() + left)),
-            Some(Value::Int(_)) => Ok(None),
-            other => Err(unexpected(other.unwrap_or(&Value::Nil))),
-        }
-    }
-
     async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool> {
         let mut script = self.invocation(&self.scripts.expire, session);
         script.arg(at_ms);

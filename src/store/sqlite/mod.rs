@@ -471,16 +471,6 @@ impl Store for Sqlite {
         Ok(page)
     }
 
-    async fn expiry(&self, session: &SessionId) -> Result<Option<UnixMillis>> {
-        let key = self.key(session);
-        let clock = self.shared.clock.clone();
-        self.query(move |db| {
-            let session = tables::session(db, &key, clock())?;
-            Ok(session.and_then(|session| session.expires_ms))
-        })
-        .await
-    }
-
     async fn expire(&self, session: &SessionId, at_ms: UnixMillis) -> Result<bool> {
         let key = self.key(session);
         self.write(0, move |db, now_ms| {
