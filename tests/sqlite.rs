@@ -22,13 +22,15 @@ use chat_memory::store::{
     TurnStore,
 };
 use futures_util::future::{FutureExt as _, join_all};
+#[cfg(target_os = "linux")]
+use harness::disk::SmallDisk;
 use harness::program::{Program, command};
 use harness::stores::{
     all, batch, expiry, fill, fresh_session, read_all, request, sequences, session, texts,
 };
 use harness::turns::{LONG_MS, begin, end, follow, keep, lease, leased, take};
 use harness::wait;
-use rusqlite::Connection;
+use rusqlite::{Connection, OpenFlags};
 use tempfile::TempDir;
 
 /// A directory, and the path of a database in it.
@@ -1522,4 +1524,41 @@ async fn a_full_store_says_so_and_goes_on_when_there_is_room() {
         .unwrap();
     assert_eq!(appended.first_sequence, stored + 1);
     assert_eq!(texts(&read_all(&store, &small).await), ["1", "2", "3"]);
+}
+
+/// SQLite undoes a statement that finds no room, and lets the transaction go on. What was stored before
+/// it is to be in the commit.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_statement_that_finds_no_room_takes_nothing_else_with_it() {
+    let Some(disk) = SmallDisk::mount("8m") else {
+        println!("skipped: this user may not mount a file system");
+        return;
+    };
+    let path = disk.path().join("chat-memory.db");
+    drop(open(&path));
+    // As the store opens it, with a small cache: pages go to the log before the commit.
+    let flags = OpenFlags::default();
+    let db = Connection::open_with_flags_and_vfs(&path, flags, "chat-memory").unwrap();
+    db.execute_batch("PRAGMA cache_size = 10; BEGIN IMMEDIATE")
+        .unwrap();
+    let add = "INSERT INTO messages VALUES (1, ?1, randomblob(300))";
+    for sequence in 0..2_000 {
+        db.execute(add, [sequence]).unwrap();
+    }
+    let filler = disk.fill();
+    // Looks at all of them.
+    drop(db.execute(
+        "UPDATE messages SET sequence = -1 WHERE element = x'00'",
+        [],
+    ));
+    drop(filler);
+    let stored = match db.execute_batch("COMMIT") {
+        Ok(()) => 2_000,
+        Err(_) => 0,
+    };
+    assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), stored);
+    let db = Connection::open(&path).unwrap();
+    let checked = db.query_row("PRAGMA integrity_check", [], |row| row.get(0));
+    assert_eq!(checked, Ok("ok".to_owned()));
 }

@@ -1,20 +1,37 @@
 //! SQLite's log, written in few large pieces. SQLite writes each page of a commit by two calls: what the
 //! log says of it, and the page. Here they are kept, and written together when the commit syncs the log.
-//! Knows neither tables nor transactions.
+//! Knows no tables, and of transactions that a COMMIT runs.
 //!
 //! It is a VFS over SQLite's own, which does all the work, for the one connection that writes. It stands
 //! before the log alone. Whatever is done with that besides writing finds there what was written before,
 //! so nothing reaches the disk in another order than SQLite's; and nobody else looks for a page in it
 //! before its commit has synced it.
+//!
+//! # What is kept, and when
+//!
+//! Only what a COMMIT writes ([`gathered`]), and no longer than to its sync. A transaction that outgrows
+//! the cache writes pages before that; those go straight through, for it may be rolled back, and then
+//! that place in the log is anybody's who writes next.
+//!
+//! A COMMIT holds the lock to write from before its first frame until after its sync (`walFrames` in
+//! SQLite's `wal.c`), so no other program writes there as long as something is kept. If a write or the
+//! sync fails, SQLite rolls back the whole transaction; it never undoes a single statement of it in a
+//! COMMIT, as it may where a statement finds no room. So bytes that were taken and could not be written
+//! are missing in no transaction that is committed. What is still kept when the COMMIT returns is of
+//! one that failed, and is dropped.
+//!
+//! A sync ends the gathering. SQLite may write more after it, which nothing would follow; and when the log
+//! is begun anew, its head is synced by itself, before the pages: that one commit goes as SQLite writes it.
 
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
 
+use rusqlite::Connection;
 use rusqlite::ffi::{
-    self, SQLITE_ERROR, SQLITE_INTERNAL, SQLITE_OK, SQLITE_OPEN_WAL, sqlite3_file,
-    sqlite3_filename, sqlite3_int64, sqlite3_io_methods, sqlite3_vfs, sqlite3_vfs_find,
-    sqlite3_vfs_register,
+    self, SQLITE_ERROR, SQLITE_FCNTL_JOURNAL_POINTER, SQLITE_INTERNAL, SQLITE_OK, SQLITE_OPEN_WAL,
+    sqlite3_file, sqlite3_file_control, sqlite3_filename, sqlite3_int64, sqlite3_io_methods,
+    sqlite3_vfs, sqlite3_vfs_find, sqlite3_vfs_register,
 };
 
 /// What a connection names to be given this VFS.
@@ -49,6 +66,37 @@ pub fn vfs() -> rusqlite::Result<&'static CStr> {
     }
 }
 
+/// Does a COMMIT, and has what it writes to the log gathered. The connection is one that syncs each
+/// commit: what is written is not in the log before that.
+pub fn gathered<T>(db: &Connection, commit: impl FnOnce() -> T) -> T {
+    with_log(db, |log| log.gathers = true);
+    let committed = commit();
+    with_log(db, |log| {
+        log.gathers = false;
+        log.kept.clear();
+    });
+    committed
+}
+
+/// Does something with the log of a connection. `None` if it has none yet, or has not this VFS.
+fn with_log<T>(db: &Connection, work: impl FnOnce(&mut Log) -> T) -> Option<T> {
+    let mut file: *mut sqlite3_file = ptr::null_mut();
+    // SAFETY: the connection is open, and only this thread has it. SQLite gives the file that is its
+    // journal, open or not; it is one of ours if it has our methods. SQLite does nothing with it before
+    // `work` returns, which has no connection.
+    unsafe {
+        let code = sqlite3_file_control(
+            db.handle(),
+            c"main".as_ptr(),
+            SQLITE_FCNTL_JOURNAL_POINTER,
+            ptr::from_mut(&mut file).cast(),
+        );
+        let is_ours =
+            code == SQLITE_OK && !file.is_null() && ptr::eq((*file).pMethods, &raw const METHODS);
+        is_ours.then(|| work(Log::of(file)))
+    }
+}
+
 /// An open log. SQLite makes room for it and, behind it, for the file of its own VFS.
 #[repr(C)]
 struct Log {
@@ -56,6 +104,8 @@ struct Log {
     base: sqlite3_file,
     /// The file of SQLite's own VFS.
     file: NonNull<sqlite3_file>,
+    /// Whether what is written is kept: that is of a COMMIT, which has not synced it yet.
+    gathers: bool,
     kept: Vec<u8>,
     /// Where in the file the first byte belongs that is kept.
     offset: sqlite3_int64,
@@ -70,6 +120,9 @@ impl Log {
     }
 
     fn write(&mut self, bytes: &[u8], offset: sqlite3_int64) -> c_int {
+        if !self.gathers {
+            return self.pass(bytes, offset);
+        }
         let follows = offset == self.offset + self.kept.len() as sqlite3_int64;
         if !follows || self.kept.len() + bytes.len() > KEPT_MAX {
             let code = self.flush();
@@ -84,20 +137,23 @@ impl Log {
         SQLITE_OK
     }
 
-    /// Writes what is kept. Where that fails it is given up, as what SQLite itself fails to write is.
+    /// Writes what is kept. Where that fails it is given up: the COMMIT is told, and fails.
     fn flush(&mut self) -> c_int {
         if self.kept.is_empty() {
             return SQLITE_OK;
         }
-        let (bytes, length) = (self.kept.as_ptr().cast(), self.kept.len() as c_int);
-        let offset = self.offset;
-        // SAFETY: the bytes are there for as long as the call takes.
-        let code = self.call(
-            |methods| methods.xWrite,
-            |write, file| unsafe { write(file, bytes, length, offset) },
-        );
+        let code = self.pass(&self.kept, self.offset);
         self.kept.clear();
         code
+    }
+
+    fn pass(&self, bytes: &[u8], offset: sqlite3_int64) -> c_int {
+        let (bytes, length) = (bytes.as_ptr().cast(), bytes.len() as c_int);
+        // SAFETY: the bytes are there for as long as the call takes.
+        self.call(
+            |methods| methods.xWrite,
+            |write, file| unsafe { write(file, bytes, length, offset) },
+        )
     }
 
     /// Does something else with the file.
@@ -174,6 +230,7 @@ unsafe extern "C" fn open(
             log.write(Log {
                 base: sqlite3_file { pMethods: &METHODS },
                 file: NonNull::new_unchecked(inner),
+                gathers: false,
                 kept: Vec::new(),
                 offset: 0,
             });
@@ -185,15 +242,10 @@ unsafe extern "C" fn open(
 unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
     unsafe {
         let log = Log::of(file);
-        let written = log.flush();
         let closed = log.call(|methods| methods.xClose, |close, file| close(file));
         ptr::drop_in_place(log);
         (*file).pMethods = ptr::null();
-        if written == SQLITE_OK {
-            closed
-        } else {
-            written
-        }
+        closed
     }
 }
 
@@ -233,7 +285,12 @@ unsafe extern "C" fn truncate(file: *mut sqlite3_file, size: sqlite3_int64) -> c
 }
 
 unsafe extern "C" fn sync(file: *mut sqlite3_file, flags: c_int) -> c_int {
-    unsafe { Log::of(file).after_flush(|methods| methods.xSync, |sync, file| sync(file, flags)) }
+    unsafe {
+        let log = Log::of(file);
+        let code = log.after_flush(|methods| methods.xSync, |sync, file| sync(file, flags));
+        log.gathers = false;
+        code
+    }
 }
 
 unsafe extern "C" fn file_size(file: *mut sqlite3_file, size: *mut sqlite3_int64) -> c_int {
@@ -304,6 +361,11 @@ mod tests {
         }
     }
 
+    fn commit(db: &Connection) {
+        assert!(with_log(db, |_| ()).is_some());
+        gathered(db, || db.execute_batch("COMMIT")).unwrap();
+    }
+
     fn count(db: &Connection) -> i64 {
         let checked: String = db
             .query_row("PRAGMA integrity_check", [], |row| row.get(0))
@@ -325,8 +387,9 @@ mod tests {
         db.execute_batch("PRAGMA cache_size = 10").unwrap();
         add_rows(&db);
         assert_eq!(count(&db), ROWS);
-        db.execute_batch("UPDATE rows SET text = hex(randomblob(150)); COMMIT")
+        db.execute_batch("UPDATE rows SET text = hex(randomblob(150))")
             .unwrap();
+        commit(&db);
         assert_eq!(count(&db), ROWS);
     }
 
@@ -336,7 +399,7 @@ mod tests {
         let path = folder.path().join("db");
         let db = writer(&path);
         add_rows(&db);
-        db.execute_batch("COMMIT").unwrap();
+        commit(&db);
         let reader = Connection::open(&path).unwrap();
         assert_eq!(count(&reader), ROWS);
         add_rows(&db);
@@ -344,8 +407,49 @@ mod tests {
         db.execute_batch("ROLLBACK; PRAGMA wal_checkpoint(TRUNCATE)")
             .unwrap();
         add_rows(&db);
-        db.execute_batch("COMMIT").unwrap();
+        commit(&db);
         assert_eq!(count(&reader), 2 * ROWS);
+    }
+
+    /// What was spilled into the log is nobody's after a rollback: another program writes there.
+    #[test]
+    fn a_transaction_that_was_rolled_back_leaves_the_log_to_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db");
+        let db = writer(&path);
+        add_rows(&db);
+        commit(&db);
+        db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE); PRAGMA cache_size = 10; BEGIN")
+            .unwrap();
+        db.execute("UPDATE rows SET text = hex(randomblob(150))", [])
+            .unwrap();
+        db.execute_batch("ROLLBACK").unwrap();
+        let other = Connection::open(&path).unwrap();
+        for _ in 0..2 {
+            add_rows(&other);
+            other.execute_batch("COMMIT").unwrap();
+        }
+        assert_eq!(count(&db), 3 * ROWS);
+        add_rows(&db);
+        commit(&db);
+        assert_eq!(count(&Connection::open(&path).unwrap()), 4 * ROWS);
+    }
+
+    /// Else each page would take two writes.
+    #[test]
+    fn a_commit_is_kept_until_its_sync_and_nothing_else_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let db = writer(&folder.path().join("db"));
+        let kept = || with_log(&db, |log| log.kept.capacity()).unwrap();
+        db.execute_batch("PRAGMA cache_size = 10").unwrap();
+        add_rows(&db);
+        db.execute_batch("COMMIT").unwrap();
+        assert_eq!(kept(), 0);
+        db.execute_batch("PRAGMA cache_size = 1000").unwrap();
+        add_rows(&db);
+        commit(&db);
+        assert!(kept() > KEPT_MAX / 2, "{}", kept());
+        assert!(with_log(&db, |log| log.kept.is_empty() && !log.gathers).unwrap());
     }
 
     /// What is in the files after the commit is all there is after a crash.
@@ -356,7 +460,7 @@ mod tests {
         let db = writer(&path);
         db.execute_batch("PRAGMA synchronous = FULL").unwrap();
         add_rows(&db);
-        db.execute_batch("COMMIT").unwrap();
+        commit(&db);
         for name in ["db", "db-wal"] {
             let copy = folder.path().join(format!("copy-{name}"));
             std::fs::copy(folder.path().join(name), copy).unwrap();

@@ -19,7 +19,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{Shared, tables};
+use super::{Shared, log, tables};
 use crate::message::{SessionId, UnixMillis};
 use crate::store::{Bells, Error, Result};
 
@@ -336,7 +336,7 @@ impl Writer {
     }
 
     fn commit(&self) -> Result<()> {
-        match self.execute("COMMIT") {
+        match log::gathered(&self.db, || self.execute("COMMIT")) {
             Ok(()) => {
                 self.shared.commits.fetch_add(1, Ordering::Relaxed);
                 Ok(())
