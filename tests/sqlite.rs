@@ -54,6 +54,12 @@ fn numbers(path: &Path, sql: &str) -> i64 {
     db.query_row(sql, [], |row| row.get(0)).unwrap()
 }
 
+/// What the store does by itself, it does soon.
+async fn until_number(path: &Path, sql: &str, number: i64) {
+    let is_so = async || (numbers(path, sql) == number).then_some(());
+    wait::until(&format!("{sql} gives {number}"), is_so).await;
+}
+
 /// Another program that writes: as long as it does, the store waits.
 struct OtherWriter(Connection);
 
@@ -840,17 +846,16 @@ async fn forgotten_requests_leave_the_file_in_bounded_steps() {
     let (store, time) = open_with_clock(&path);
     let s = session("s");
     join_all((0..COUNT).map(async |_| store.append(&s, batch(["x"])).await.unwrap())).await;
-    let requests = || numbers(&path, "SELECT count(*) FROM requests");
-    assert_eq!(requests(), COUNT as i64);
+    let requests = "SELECT count(*) FROM requests";
+    assert_eq!(numbers(&path, requests), COUNT as i64);
 
+    let before = store.commits();
     time.fetch_add(REQUEST_MEMORY_MS, Ordering::SeqCst);
-    let mut counts = Vec::new();
-    for _ in 0..4 {
-        fill(&store, &s, 1).await;
-        counts.push(requests());
-    }
-    assert_eq!(counts, [701, 202, 3, 4]);
-    assert_eq!(read_all(&store, &s).await.elements.len(), COUNT + 4);
+    fill(&store, &s, 1).await;
+    until_number(&path, requests, 1).await;
+    // One of its own, and three of 500 rows at most.
+    assert_eq!(store.commits() - before, 4);
+    assert_eq!(read_all(&store, &s).await.elements.len(), COUNT + 1);
 }
 
 #[tokio::test]
@@ -872,9 +877,9 @@ async fn a_cleared_session_is_forgotten_after_a_month() {
     // Looked for once a minute.
     a_while(60_000);
     fill(&store, &kept, 1).await;
+    until_number(&path, "SELECT count(*) FROM sessions", 2).await;
     let page = read_all(&store, &cleared).await;
     assert_eq!((page.last_sequence, page.epoch), (0, Epoch(0)));
-    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 2);
     assert_eq!(
         numbers(&path, "SELECT count(forget_ms) FROM sessions"),
         0,
@@ -899,8 +904,8 @@ async fn the_clear_of_a_session_without_messages_is_remembered_for_an_hour() {
     // Looked for once a minute.
     time.fetch_add(60_000, Ordering::SeqCst);
     fill(&store, &other, 1).await;
+    until_number(&path, "SELECT count(*) FROM sessions", 1).await;
     assert_eq!(read_all(&store, &s).await.epoch, Epoch(0));
-    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
 }
 
 // Turns.
@@ -1013,10 +1018,12 @@ async fn forgotten_turns_leave_the_file_in_bounded_steps() {
     assert!(matches!(state, TurnState::Completed { .. }), "{state:?}");
 
     // Looked for once a minute.
+    let before = store.commits();
     time.fetch_add(60_000, Ordering::SeqCst);
     fill(&store, &other, 1).await;
-    assert_eq!(rows_of_turns(&path), [1, i64::from(CHUNKS) - 500, 0]);
-    fill(&store, &other, 1).await;
+    until_number(&path, "SELECT count(*) FROM turns", 0).await;
+    // One of its own, and two of 500 rows at most.
+    assert_eq!(store.commits() - before, 3);
     assert_eq!(rows_of_turns(&path), [0, 0, 0]);
     assert_eq!(texts(&read_all(&store, &s).await), ["answer"]);
 }
@@ -1046,8 +1053,8 @@ async fn a_session_without_messages_stays_as_long_as_its_turns() {
     assert_eq!(rows_of_turns(&path), [1, 0, 1]);
     time.store(forget_ms, Ordering::SeqCst);
     fill(&store, &other, 1).await;
+    until_number(&path, "SELECT count(*) FROM sessions", 1).await;
     assert_eq!(rows_of_turns(&path), [0, 0, 0]);
-    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
     fill(&store, &s, 1).await;
     assert_eq!(sequences(&read_all(&store, &s).await), [1]);
 }
@@ -1106,26 +1113,54 @@ async fn an_expired_session_leaves_the_file_in_bounded_steps() {
     time.fetch_add(1, Ordering::SeqCst);
     assert_eq!(read_all(&store, &s).await.elements.len(), 0);
     // Looked for once a minute, and a while after whoever waits was told.
+    let before = store.commits();
     time.fetch_add(60_000, Ordering::SeqCst);
-    let rows = || {
-        numbers(
-            &path,
-            "SELECT count(*) FROM messages WHERE element <> x'31'",
-        )
-    };
-    let mut counts = Vec::new();
-    for _ in 0..4 {
-        fill(&store, &other, 1).await;
-        counts.push(rows());
-    }
-    assert_eq!(counts, [701, 201, 0, 0]);
+    fill(&store, &other, 1).await;
+    until_number(&path, "SELECT count(*) FROM sessions", 1).await;
+    // One of its own, and three of 500 rows at most.
+    assert_eq!(store.commits() - before, 4);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 1);
     assert_eq!(rows_of_turns(&path), [0, 0, 0]);
-    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
     assert_eq!(numbers(&path, "SELECT count(*) FROM session_pairs"), 0);
-    assert_eq!(numbers(&path, "SELECT count(*) FROM requests"), 4);
+    assert_eq!(numbers(&path, "SELECT count(*) FROM requests"), 1);
     drop(store);
     let contents = std::fs::read(&path).unwrap();
     assert!(!contents.windows(8).any(|bytes| bytes == b"a secret"));
+}
+
+/// What goes is overwritten, in the log first: so much at a time that others can write meanwhile.
+#[tokio::test]
+async fn large_messages_that_expire_leave_the_file_in_bounded_steps() {
+    let (_directory, path) = place();
+    let (store, time) = open_with(&path, MINUTE);
+    let [s, other] = ["s", "other"].map(session);
+    for _ in 0..12 {
+        let element = vec![b'x'; 2 << 20];
+        store.append(&s, batch([element])).await.unwrap();
+    }
+    let before = store.commits();
+    time.fetch_add(120_000, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    until_number(&path, "SELECT count(*) FROM sessions", 1).await;
+    // One of its own, and six of 4 MiB; one more finds that no more is left.
+    assert_eq!(store.commits() - before, 8);
+}
+
+/// Also after the last write, and from the start.
+#[tokio::test]
+async fn what_has_expired_goes_although_nobody_writes() {
+    let (_directory, path) = place();
+    let (store, _) = open_with(&path, MINUTE);
+    let s = session("s");
+    store.append(&s, batch(vec!["x"; 1_200])).await.unwrap();
+    drop(store);
+    let options = Options {
+        clock: Arc::new(|| 1_763_910_120_000),
+        ..Options::default()
+    };
+    let _store = Sqlite::open_with(&path, "", options).unwrap();
+    until_number(&path, "SELECT count(*) FROM sessions", 0).await;
+    assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 0);
 }
 
 /// Else what is left of it would be seen.
@@ -1137,7 +1172,8 @@ async fn a_clock_that_is_set_back_brings_back_no_part_of_a_session() {
     store.append(&s, batch(vec!["x"; 1_200])).await.unwrap();
     time.fetch_add(120_000, Ordering::SeqCst);
     fill(&store, &other, 1).await;
-    assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 701);
+    let rows = "SELECT count(*) <= 701 FROM messages";
+    until_number(&path, rows, 1).await;
     time.fetch_sub(120_000, Ordering::SeqCst);
     assert_eq!(read_all(&store, &s).await.elements.len(), 0);
     let seen = store.look(&s, Look::default()).await.unwrap();
@@ -1289,11 +1325,9 @@ async fn what_a_crash_leaves_of_a_fork_is_seen_by_nobody_and_deleted() {
     let page = store.sessions(list).await.unwrap();
     assert_eq!((page.sessions, page.unusable), (vec![s.clone()], 0));
     time.fetch_add(60_000, Ordering::SeqCst);
-    for _ in 0..5 {
-        fill(&store, &s, 1).await;
-    }
-    assert_eq!(rows(), 3 * FORK_STEP as i64 + 5);
-    assert_eq!(numbers(&path, "SELECT count(*) FROM sessions"), 1);
+    fill(&store, &s, 1).await;
+    until_number(&path, "SELECT count(*) FROM sessions", 1).await;
+    assert_eq!(rows(), 3 * FORK_STEP as i64 + 1);
 }
 
 #[tokio::test]
@@ -1419,15 +1453,22 @@ async fn a_write_whose_caller_went_away_before_it_began_is_not_made() {
 #[tokio::test]
 async fn a_write_that_does_not_end_in_time_may_be_repeated() {
     let (_directory, path) = place();
-    // The writer looks at the clock after it has begun; there it is held up.
+    // The writer looks at the clock inside its transaction; there it is held up.
     let (closed, gate) = std::sync::mpsc::channel::<()>();
     let gate = Mutex::new(gate);
     let options = Options {
-        clock: Arc::new(move || {
-            // Returns when the other end is dropped.
-            let _ = gate.lock().unwrap().recv();
-            1_763_910_000_000
-        }),
+        clock: {
+            let path = path.clone();
+            Arc::new(move || {
+                let other = Connection::open(&path).unwrap();
+                other.busy_timeout(Duration::ZERO).unwrap();
+                if other.execute_batch("BEGIN IMMEDIATE").is_err() {
+                    // Returns when the other end is dropped.
+                    let _ = gate.lock().unwrap().recv();
+                }
+                1_763_910_000_000
+            })
+        },
         call_time_max: Duration::from_secs(1),
         ..Options::default()
     };

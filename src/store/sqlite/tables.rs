@@ -9,7 +9,7 @@
 //! another row. The rows of forks that are being copied are hidden too.
 
 use bytes::Bytes;
-use rusqlite::{CachedStatement, Connection, OptionalExtension as _, Row, named_params};
+use rusqlite::{CachedStatement, Connection, OptionalExtension as _, Row, ToSql, named_params};
 
 use super::{sessions, turns};
 use crate::message::UnixMillis;
@@ -21,6 +21,10 @@ use crate::store::{
 
 /// Rows of one kind that one step of [`prune`] deletes, at most.
 pub const PRUNE_ROWS_MAX: usize = 500;
+
+/// Bytes of elements and of turns that one step of [`prune`] deletes, at most, except that the row that
+/// reaches it goes whole. As many are written to the log, and other writes wait.
+const PRUNE_BYTES_MAX: i64 = 4 << 20;
 
 /// How long the clear of a session that never had messages is remembered. A turn that runs on it, the
 /// first, must not bring it to life afterwards; no turn takes as long.
@@ -120,6 +124,10 @@ const EXPIRED: &str = "
         SELECT 1 FROM turns
         WHERE session = sessions.number AND state = 'running' AND forget_ms > :now_ms)
     ORDER BY expires_ms LIMIT :limit";
+
+// `length` of a BLOB reads the row's header only.
+const EXPIRED_MESSAGES: &str = "
+    SELECT length(element) FROM messages WHERE session = :session ORDER BY sequence LIMIT :limit";
 
 const PRUNE_EXPIRED_MESSAGES: &str = "
     DELETE FROM messages WHERE session = :session AND sequence IN
@@ -434,23 +442,43 @@ pub fn clear(db: &Connection, key: &str, now_ms: UnixMillis) -> Result<i64> {
     Ok(deleted as i64)
 }
 
-/// Deletes what is too old to count; a bounded number of rows, the oldest first. Says whether
-/// there may be more.
+/// Deletes what is too old to count; a bounded number of rows and bytes, the oldest first. Says
+/// whether there may be more.
 pub fn prune(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
     let limit = PRUNE_ROWS_MAX as i64;
+    let mut bytes_left = PRUNE_BYTES_MAX;
     let requests = db
         .prepare_cached(PRUNE_REQUESTS)?
         .execute(named_params! {":limit": limit, ":now_ms": now_ms})?;
-    let has_more_turns = turns::prune(db, now_ms, limit)?;
+    let has_more_turns = turns::prune(db, now_ms, limit, &mut bytes_left)?;
     let sessions = db
         .prepare_cached(PRUNE_SESSIONS)?
         .execute(named_params! {":limit": limit, ":now_ms": now_ms})?;
-    let has_more_expired = prune_expired(db, now_ms)?;
+    let has_more_expired = prune_expired(db, now_ms, &mut bytes_left)?;
     Ok(has_more_turns || has_more_expired || [requests, sessions].contains(&PRUNE_ROWS_MAX))
 }
 
+/// How many of the rows whose sizes a statement gives may go in this step.
+pub fn fitting(
+    db: &Connection,
+    sizes: &str,
+    params: &[(&str, &dyn ToSql)],
+    bytes_left: &mut i64,
+) -> Result<i64> {
+    let mut statement = db.prepare_cached(sizes)?;
+    let mut rows = statement.query(params)?;
+    let mut count = 0;
+    while *bytes_left > 0
+        && let Some(row) = rows.next()?
+    {
+        *bytes_left -= row.get::<_, i64>(0)?;
+        count += 1;
+    }
+    Ok(count)
+}
+
 /// Deletes what there is of sessions that have expired, about as many rows.
-fn prune_expired(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
+fn prune_expired(db: &Connection, now_ms: UnixMillis, bytes_left: &mut i64) -> Result<bool> {
     let mut expired = db.prepare_cached(EXPIRED)?;
     let rows = expired.query_map(
         named_params! {
@@ -467,12 +495,17 @@ fn prune_expired(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
         if !key.starts_with(HIDDEN) {
             hide(db, &key)?;
         }
-        for statement in [PRUNE_EXPIRED_MESSAGES, PRUNE_EXPIRED_REQUESTS] {
-            let params = named_params! {":session": number, ":limit": left as i64};
+        let params = named_params! {":session": number, ":limit": left as i64};
+        let rows = fitting(db, EXPIRED_MESSAGES, params, bytes_left)?;
+        for (statement, rows) in [
+            (PRUNE_EXPIRED_MESSAGES, rows),
+            (PRUNE_EXPIRED_REQUESTS, left as i64 - rows),
+        ] {
+            let params = named_params! {":session": number, ":limit": rows};
             left -= db.prepare_cached(statement)?.execute(params)?;
         }
-        left -= turns::prune_session(db, number, left as i64)?;
-        if left == 0 {
+        left -= turns::prune_session(db, number, left as i64, bytes_left)?;
+        if left == 0 || *bytes_left <= 0 {
             return Ok(true);
         }
         sessions::delete_pairs(db, number)?;
@@ -689,6 +722,7 @@ pub mod tests {
             DELETE_REQUESTS,
             PRUNE_SESSIONS,
             EXPIRED,
+            EXPIRED_MESSAGES,
             PRUNE_EXPIRED_MESSAGES,
             PRUNE_EXPIRED_REQUESTS,
             DELETE_SESSION,

@@ -76,28 +76,45 @@ const ORPHANS: &str = "
     WHERE turns.state = 'running' AND turns.expires_ms <= :now_ms
     ORDER BY turns.expires_ms";
 
+// What is pruned, and before each the sizes of the same rows in the same order.
+const FORGOTTEN_CHUNKS: &str = "
+    SELECT length(bytes) FROM
+        (SELECT number FROM turns WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)
+        AS forgotten CROSS JOIN turn_chunks ON turn = forgotten.number
+    LIMIT :limit";
+
 const PRUNE_CHUNKS: &str = "
     DELETE FROM turn_chunks WHERE (turn, number) IN
         (SELECT turn, turn_chunks.number FROM
             (SELECT number FROM turns WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)
             AS forgotten CROSS JOIN turn_chunks ON turn = forgotten.number
-        LIMIT :limit)";
+        LIMIT :rows)";
+
+const FORGOTTEN_TURNS: &str = "
+    SELECT coalesce(length(request), 0) + coalesce(length(outcome), 0) FROM turns
+    WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit";
 
 const PRUNE_TURNS: &str = "
     DELETE FROM turns WHERE number IN
         (SELECT number FROM turns WHERE forget_ms <= :now_ms ORDER BY forget_ms LIMIT :limit)
     AND NOT EXISTS (SELECT 1 FROM turn_chunks WHERE turn = turns.number)";
 
+const SESSION_CHUNKS: &str = "
+    SELECT length(bytes) FROM turns CROSS JOIN turn_chunks ON turn = turns.number
+    WHERE session = :session ORDER BY id, turn_chunks.number LIMIT :limit";
+
 const PRUNE_SESSION_CHUNKS: &str = "
     DELETE FROM turn_chunks WHERE (turn, number) IN
-        (SELECT turn, turn_chunks.number FROM
-            (SELECT number FROM turns WHERE session = :session)
-            AS forgotten CROSS JOIN turn_chunks ON turn = forgotten.number
-        LIMIT :limit)";
+        (SELECT turn, turn_chunks.number FROM turns CROSS JOIN turn_chunks ON turn = turns.number
+        WHERE session = :session ORDER BY id, turn_chunks.number LIMIT :limit)";
+
+const SESSION_TURNS: &str = "
+    SELECT coalesce(length(request), 0) + coalesce(length(outcome), 0) FROM turns
+    WHERE session = :session ORDER BY id LIMIT :limit";
 
 const PRUNE_SESSION_TURNS: &str = "
     DELETE FROM turns WHERE number IN
-        (SELECT number FROM turns WHERE session = :session LIMIT :limit)
+        (SELECT number FROM turns WHERE session = :session ORDER BY id LIMIT :limit)
     AND NOT EXISTS (SELECT 1 FROM turn_chunks WHERE turn = turns.number)";
 
 const DELETE_REWOUND: &str = "
@@ -121,13 +138,22 @@ const DELETE_TURNS: &str = "DELETE FROM turns WHERE session = :session";
 pub const END_LEASES: &str = "
     UPDATE turns SET expires_ms = 0 WHERE state = 'running' AND expires_ms > 0";
 
-/// Deletes what there is of turns that are to be forgotten, at most so many rows of a kind. Says
-/// whether there may be more.
-pub fn prune(db: &Connection, now_ms: UnixMillis, limit: i64) -> Result<bool> {
+/// Deletes what there is of turns that are to be forgotten, at most so many rows of a kind, and bytes.
+/// Says whether there may be more.
+pub fn prune(
+    db: &Connection,
+    now_ms: UnixMillis,
+    limit: i64,
+    bytes_left: &mut i64,
+) -> Result<bool> {
     let params = named_params! {":limit": limit, ":now_ms": now_ms};
-    let chunks = db.prepare_cached(PRUNE_CHUNKS)?.execute(params)?;
-    let turns = db.prepare_cached(PRUNE_TURNS)?.execute(params)?;
-    Ok([chunks, turns].contains(&(limit as usize)))
+    let chunks = tables::fitting(db, FORGOTTEN_CHUNKS, params, bytes_left)?;
+    let of_chunks = named_params! {":limit": limit, ":now_ms": now_ms, ":rows": chunks};
+    db.prepare_cached(PRUNE_CHUNKS)?.execute(of_chunks)?;
+    let turns = tables::fitting(db, FORGOTTEN_TURNS, params, bytes_left)?;
+    let of_turns = named_params! {":limit": turns, ":now_ms": now_ms};
+    db.prepare_cached(PRUNE_TURNS)?.execute(of_turns)?;
+    Ok(*bytes_left <= 0 || chunks == limit || turns == limit)
 }
 
 /// Deletes all turns of a session.
@@ -138,14 +164,25 @@ pub fn clear(db: &Connection, session: i64) -> Result<()> {
     Ok(())
 }
 
-/// Deletes what there is of the turns of a session, at most so many rows; says how many. Less than
-/// that is all.
-pub fn prune_session(db: &Connection, session: i64, limit: i64) -> Result<usize> {
-    let params = named_params! {":session": session, ":limit": limit};
-    let chunks = db.prepare_cached(PRUNE_SESSION_CHUNKS)?.execute(params)?;
-    let params = named_params! {":session": session, ":limit": limit - chunks as i64};
-    let turns = db.prepare_cached(PRUNE_SESSION_TURNS)?.execute(params)?;
-    Ok(chunks + turns)
+/// Deletes what there is of the turns of a session, at most so many rows and bytes; says how many rows.
+/// If less than that, and bytes are left, that was all.
+pub fn prune_session(
+    db: &Connection,
+    session: i64,
+    limit: i64,
+    bytes_left: &mut i64,
+) -> Result<usize> {
+    let mut left = limit;
+    for (sizes, prune) in [
+        (SESSION_CHUNKS, PRUNE_SESSION_CHUNKS),
+        (SESSION_TURNS, PRUNE_SESSION_TURNS),
+    ] {
+        let params = named_params! {":session": session, ":limit": left};
+        let rows = tables::fitting(db, sizes, params, bytes_left)?;
+        let params = named_params! {":session": session, ":limit": rows};
+        left -= db.prepare_cached(prune)?.execute(params)? as i64;
+    }
+    Ok((limit - left) as usize)
 }
 
 /// Deletes the records of turns that have stored a message after a sequence.
@@ -607,8 +644,11 @@ mod tests {
             DELETE_CHUNKS,
             CHUNKS,
             ORPHANS,
+            FORGOTTEN_TURNS,
             PRUNE_TURNS,
+            SESSION_CHUNKS,
             PRUNE_SESSION_CHUNKS,
+            SESSION_TURNS,
             PRUNE_SESSION_TURNS,
             DELETE_REWOUND,
             LATEST,
@@ -631,15 +671,18 @@ mod tests {
     /// Walks the turns that its inner LIMIT lets through, and of those the chunks that the outer does.
     #[test]
     fn pruning_the_logs_goes_along_the_keys() {
-        let steps = plan(PRUNE_CHUNKS);
-        for search in [
-            "SEARCH turns USING COVERING INDEX turns_forget",
-            "SEARCH turn_chunks",
-        ] {
-            let is_search = |step: &String| step.starts_with(search);
-            assert!(steps.iter().any(is_search), "{steps:#?}");
+        for statement in [FORGOTTEN_CHUNKS, PRUNE_CHUNKS] {
+            let steps = plan(statement);
+            for search in [
+                "SEARCH turns USING COVERING INDEX turns_forget",
+                "SEARCH turn_chunks",
+            ] {
+                let is_search = |step: &String| step.starts_with(search);
+                assert!(steps.iter().any(is_search), "{steps:#?}");
+            }
+            let is_bad =
+                |step: &String| step.starts_with("SCAN turn") || step.contains("TEMP B-TREE");
+            assert!(!steps.iter().any(is_bad), "{steps:#?}");
         }
-        let is_bad = |step: &String| step.starts_with("SCAN turn") || step.contains("TEMP B-TREE");
-        assert!(!steps.iter().any(is_bad), "{steps:#?}");
     }
 }

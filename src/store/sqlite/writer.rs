@@ -1,5 +1,6 @@
 //! The one thread that writes: takes what waits, runs it in one transaction, answers after the
-//! commit. Knows transactions and their failures; knows no tables but to prune them.
+//! commit. Then, and while nobody asks for anything, it tidies up: deletes what is too old, a step in
+//! a transaction of its own. Knows transactions and their failures; knows no tables but to prune them.
 //!
 //! # What a failed commit means
 //!
@@ -13,13 +14,16 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-use super::{Shared, log, tables};
+use super::{BUSY_MS_MAX, Shared, log, tables};
 use crate::message::{SessionId, UnixMillis};
 use crate::store::{Bells, Error, Result};
 
@@ -28,7 +32,9 @@ const BATCH_JOBS_MAX: usize = 512;
 /// Bytes of the jobs of one transaction together, at most, except that one job always goes.
 const BATCH_BYTES_MAX: usize = 8 << 20;
 /// How often what is too old is looked for.
-const PRUNE_INTERVAL_MS: i64 = 60_000;
+const PRUNE_INTERVAL: Duration = Duration::from_secs(60);
+/// How long what is not for a caller waits for others' locks. Writes wait as long.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// What a job does: inside the transaction, at a moment. It may be done again in another one if the
 /// first could not be committed.
@@ -133,6 +139,15 @@ pub struct Writer {
     pub pruned_ms: Option<UnixMillis>,
 }
 
+/// Wakes the writing thread.
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
 /// How far a batch has come, for what a panic then means.
 enum Stage {
     Open,
@@ -142,10 +157,16 @@ enum Stage {
 impl Writer {
     /// Works until the store is dropped and the queue is empty, or until it cannot go on.
     pub fn run(mut self) {
-        while let Some(first) = self.jobs.blocking_recv() {
-            let mut batch = vec![first];
+        let waker = Waker::from(Arc::new(Unpark(thread::current())));
+        while let Some(first) = self.next(&mut Context::from_waker(&waker)) {
+            let mut batch = Vec::from_iter(first);
             let mut stage = Stage::Open;
-            let caught = catch_unwind(AssertUnwindSafe(|| self.write(&mut batch, &mut stage)));
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                if !batch.is_empty() {
+                    self.write(&mut batch, &mut stage)?;
+                }
+                self.tidy()
+            }));
             let fatal = match caught {
                 Ok(Ok(())) => None,
                 Ok(Err(fatal)) => Some(fatal),
@@ -159,6 +180,30 @@ impl Writer {
         self.shared.close_readers();
         if let Err(error) = self.db.close() {
             tracing::warn!(error = %error.1, "closing the database failed; the next start recovers");
+        }
+    }
+
+    /// Waits for a job, or until there is something to tidy up. `None` when there will be no more jobs.
+    fn next(&mut self, context: &mut Context<'_>) -> Option<Option<Box<dyn Job>>> {
+        let end = Instant::now() + self.rest();
+        loop {
+            // What waits comes before what is too old.
+            if let Poll::Ready(job) = self.jobs.poll_recv(context) {
+                return job.map(Some);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Some(None);
+            }
+            thread::park_timeout(left);
+        }
+    }
+
+    /// How long there is nothing to do but for callers.
+    fn rest(&self) -> Duration {
+        match self.pruned_ms {
+            None => Duration::ZERO,
+            Some(_) => PRUNE_INTERVAL,
         }
     }
 
@@ -239,9 +284,6 @@ impl Writer {
             if !are_whole {
                 self.execute("ROLLBACK")?;
                 self.execute("BEGIN IMMEDIATE")?;
-                // That was undone, too.
-                self.pruned_ms = None;
-                self.prune(now_ms)?;
                 self.run_jobs_apart(jobs, now_ms)?;
             }
             Ok(())
@@ -250,11 +292,17 @@ impl Writer {
             *stage = Stage::Committing;
             self.commit()
         });
-        if done.is_err() && !self.db.is_autocommit() {
-            self.execute("ROLLBACK")
-                .map_err(|error| format!("a transaction cannot be rolled back: {error}"))?;
-        }
+        self.end_transaction()?;
         Ok(done.err())
+    }
+
+    /// Rolls back what was not committed.
+    fn end_transaction(&self) -> std::result::Result<(), String> {
+        if self.db.is_autocommit() {
+            return Ok(());
+        }
+        self.execute("ROLLBACK")
+            .map_err(|error| format!("a transaction cannot be rolled back: {error}"))
     }
 
     /// Answers the batch, in one task of each worker: from this thread each answer would wake its
@@ -289,7 +337,6 @@ impl Writer {
     /// Runs the jobs. False if one failed that may have changed something, so that all of it is to
     /// be rolled back. An error is one of the whole transaction.
     fn run_jobs(&mut self, jobs: &mut [Box<dyn Job>], now_ms: UnixMillis) -> Result<bool> {
-        self.prune(now_ms)?;
         for job in jobs {
             let changes = self.db.total_changes();
             if let Err(error) = job.run(&self.db, now_ms) {
@@ -325,14 +372,47 @@ impl Writer {
         Ok(())
     }
 
-    fn prune(&mut self, now_ms: UnixMillis) -> Result<()> {
-        let is_recent =
-            |pruned_ms: UnixMillis| now_ms.abs_diff(pruned_ms) < PRUNE_INTERVAL_MS as u64;
+    /// Does a part of what nobody waits for, if it is time to. An error is a reason why no later
+    /// transaction can succeed.
+    fn tidy(&mut self) -> std::result::Result<(), String> {
+        let now_ms = (self.shared.clock)();
+        let is_recent = |pruned_ms: UnixMillis| {
+            u128::from(now_ms.abs_diff(pruned_ms)) < PRUNE_INTERVAL.as_millis()
+        };
         if !self.pruned_ms.is_some_and(is_recent) {
-            let has_more = tables::prune(&self.db, now_ms)?;
-            self.pruned_ms = (!has_more).then_some(now_ms);
+            self.prune(now_ms)?;
         }
         Ok(())
+    }
+
+    /// Deletes a part of what is too old. What fails is tried again when it is time to prune again.
+    fn prune(&mut self, now_ms: UnixMillis) -> std::result::Result<(), String> {
+        let pruned = self.with_patience(|| {
+            self.execute("BEGIN IMMEDIATE")?;
+            let changes = self.db.total_changes();
+            let pruned = tables::prune(&self.db, now_ms)?;
+            if self.db.total_changes() != changes {
+                self.commit()?;
+            }
+            Ok(pruned)
+        });
+        self.end_transaction()?;
+        match pruned {
+            Ok(has_more) => self.pruned_ms = (!has_more).then_some(now_ms),
+            Err(error) => {
+                tracing::warn!(%error, "what is too old could not be deleted; in a minute again");
+                self.pruned_ms = Some(now_ms);
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what no caller waits for.
+    fn with_patience<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.db.busy_timeout(PATIENCE)?;
+        let done = work();
+        self.db.busy_timeout(Duration::from_millis(BUSY_MS_MAX))?;
+        done
     }
 
     fn commit(&self) -> Result<()> {
