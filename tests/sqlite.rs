@@ -515,6 +515,42 @@ async fn what_was_cleared_is_not_in_the_file() {
     assert!(!is_in_file());
 }
 
+/// The log has what was written until it is emptied.
+#[tokio::test]
+async fn what_was_cleared_is_soon_not_in_the_log() {
+    let (_directory, path) = place();
+    let (store, time) = open_with(&path, MINUTE);
+    let [cleared, expired, other] = ["cleared", "expired", "other"].map(session);
+    let is_in_files = || {
+        [path.clone(), path.with_extension("db-wal")]
+            .iter()
+            .any(|path| {
+                let contents = std::fs::read(path).unwrap();
+                contents.windows(8).any(|bytes| bytes == b"a secret")
+            })
+    };
+    let until_gone = async |what: &str| {
+        wait::until(what, async || (!is_in_files()).then_some(())).await;
+    };
+    store.append(&cleared, batch(["a secret"])).await.unwrap();
+    // Who reads what was before keeps it there.
+    let reader = Connection::open(&path).unwrap();
+    reader
+        .execute_batch("BEGIN; SELECT * FROM messages")
+        .unwrap();
+    store.clear(&cleared).await.unwrap();
+    fill(&store, &other, 1).await;
+    assert!(is_in_files());
+    drop(reader);
+    until_gone("what was cleared is gone").await;
+
+    store.append(&expired, batch(["a secret"])).await.unwrap();
+    assert!(is_in_files());
+    time.fetch_add(120_000, Ordering::SeqCst);
+    fill(&store, &other, 1).await;
+    until_gone("what has expired is gone").await;
+}
+
 // Other programs.
 
 #[tokio::test]
@@ -1161,6 +1197,35 @@ async fn what_has_expired_goes_although_nobody_writes() {
     let _store = Sqlite::open_with(&path, "", options).unwrap();
     until_number(&path, "SELECT count(*) FROM sessions", 0).await;
     assert_eq!(numbers(&path, "SELECT count(*) FROM messages"), 0);
+}
+
+/// Deleting takes room in the log at first.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn writes_go_on_and_what_has_expired_goes_on_a_disk_that_is_nearly_full() {
+    let Some(disk) = SmallDisk::mount("40m") else {
+        println!("skipped: this user may not mount a file system");
+        return;
+    };
+    let path = disk.path().join("chat-memory.db");
+    let (store, _) = open_with(&path, MINUTE);
+    let [s, other] = ["s", "other"].map(session);
+    for _ in 0..14 {
+        let element = vec![b'x'; 1 << 20];
+        store.append(&s, batch([element])).await.unwrap();
+    }
+    drop(store);
+    // So that 6 MiB are left.
+    std::fs::write(disk.path().join("filler"), vec![0; 19 << 20]).unwrap();
+    let (store, time) = open_with(&path, MINUTE);
+    // A minute after each try that failed.
+    let expired = async || {
+        time.fetch_add(60_000, Ordering::SeqCst);
+        fill(&store, &other, 1).await;
+        let rows = "SELECT count(*) FROM messages WHERE length(element) > 1000";
+        (numbers(&path, rows) == 0).then_some(())
+    };
+    wait::until("what has expired is gone", expired).await;
 }
 
 /// Else what is left of it would be seen.

@@ -8,7 +8,7 @@
 //! not see; this file puts them together, and nearly all waiting is in it.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -113,6 +113,9 @@ struct Shared {
     stopped: OnceLock<String>,
     clock: Clock,
     commits: AtomicU64,
+    /// Whether something was cleared or rewound since the writing thread last looked: it is in the log
+    /// still. By itself, so that a job that has it does not keep the file.
+    cleared: Arc<AtomicBool>,
     bells: Bells,
     /// Fields drop in this order: the file is let go after the last connection to it is closed.
     held: Held,
@@ -176,6 +179,7 @@ impl Sqlite {
             stopped: OnceLock::new(),
             clock: options.clock,
             commits: AtomicU64::new(0),
+            cleared: Arc::default(),
             bells: Bells::default(),
             held,
         });
@@ -206,6 +210,7 @@ impl Sqlite {
             stopped: OnceLock::new(),
             clock: options.clock,
             commits: AtomicU64::new(0),
+            cleared: Arc::default(),
             bells: Bells::default(),
             held,
         });
@@ -220,6 +225,8 @@ impl Sqlite {
             jobs: queue,
             workers,
             pruned_ms: None,
+            log_is_stale: false,
+            emptied: None,
         };
         let writer = std::thread::Builder::new()
             .name("sqlite-writer".to_owned())
@@ -423,11 +430,15 @@ impl Store for Sqlite {
 
     async fn clear(&self, session: &SessionId) -> Result<i64> {
         let key = self.key(session);
+        let cleared = self.shared.cleared.clone();
         self.write_and_ring(
             session,
             |_| true,
             0,
-            move |db, now_ms| tables::clear(db, &key, now_ms),
+            move |db, now_ms| {
+                cleared.store(true, Ordering::Relaxed);
+                tables::clear(db, &key, now_ms)
+            },
         )
         .await
     }

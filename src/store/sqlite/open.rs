@@ -297,6 +297,8 @@ fn open_and_migrate(path: &Path, size_bytes_max: Option<u64>) -> Result<Connecti
     db.pragma_update(None, "wal_autocheckpoint", LOG_BYTES / LOG_FRAME_BYTES)?;
     // What was deleted is overwritten with zeros: a cleared chat is gone, not only unlisted.
     db.execute_batch("PRAGMA secure_delete = ON")?;
+    // What a statement may have to undo would else be in files of SQLite's own, in /var/tmp.
+    db.pragma_update(None, "temp_store", "MEMORY")?;
     if let Some(bytes) = size_bytes_max {
         let page_bytes: i64 = db.query_row("PRAGMA page_size", [], |row| row.get(0))?;
         let pages = i64::try_from(bytes).unwrap_or(i64::MAX) / page_bytes;
@@ -351,5 +353,21 @@ fn from_sqlite(path: &Path, error: &rusqlite::Error) -> OpenError {
             OpenError::Denied { path, reason }
         }
         _ => OpenError::Failed { path, reason },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file of it would be elsewhere, and not be overwritten when it goes.
+    #[test]
+    fn what_may_have_to_be_undone_is_in_no_file_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let held = Held::take(&folder.path().join("db")).unwrap();
+        let db = open_writer(&held, None).unwrap();
+        let place = db.query_row("PRAGMA temp_store", [], |row| row.get(0));
+        const MEMORY: i64 = 2;
+        assert_eq!(place, Ok(MEMORY));
     }
 }

@@ -1,6 +1,7 @@
 //! Sessions as a whole, in the file: what is said of them, their order, what goes from them.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 use rusqlite::{Connection, Row, Rows, named_params};
@@ -569,7 +570,9 @@ impl SessionStore for Sqlite {
     async fn rewind(&self, session: &SessionId, asked: Rewind) -> Result<Rewound> {
         let key = self.key(session);
         let is_done = |rewound: &Rewound| matches!(rewound, Rewound::Done { .. });
+        let cleared = self.shared.cleared.clone();
         self.write_and_ring(session, is_done, 0, move |db, now_ms| {
+            cleared.store(true, Ordering::Relaxed);
             rewind(db, &key, &asked, now_ms)
         })
         .await

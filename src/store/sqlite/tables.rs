@@ -442,9 +442,16 @@ pub fn clear(db: &Connection, key: &str, now_ms: UnixMillis) -> Result<i64> {
     Ok(deleted as i64)
 }
 
-/// Deletes what is too old to count; a bounded number of rows and bytes, the oldest first. Says
-/// whether there may be more.
-pub fn prune(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
+/// What a step of [`prune`] has done.
+pub struct Pruned {
+    /// Whether it may have left some.
+    pub has_more: bool,
+    /// Whether messages were deleted.
+    pub messages: bool,
+}
+
+/// Deletes what is too old to count; a bounded number of rows and bytes, the oldest first.
+pub fn prune(db: &Connection, now_ms: UnixMillis) -> Result<Pruned> {
     let limit = PRUNE_ROWS_MAX as i64;
     let mut bytes_left = PRUNE_BYTES_MAX;
     let requests = db
@@ -454,8 +461,9 @@ pub fn prune(db: &Connection, now_ms: UnixMillis) -> Result<bool> {
     let sessions = db
         .prepare_cached(PRUNE_SESSIONS)?
         .execute(named_params! {":limit": limit, ":now_ms": now_ms})?;
-    let has_more_expired = prune_expired(db, now_ms, &mut bytes_left)?;
-    Ok(has_more_turns || has_more_expired || [requests, sessions].contains(&PRUNE_ROWS_MAX))
+    let mut pruned = prune_expired(db, now_ms, &mut bytes_left)?;
+    pruned.has_more |= has_more_turns || [requests, sessions].contains(&PRUNE_ROWS_MAX);
+    Ok(pruned)
 }
 
 /// How many of the rows whose sizes a statement gives may go in this step.
@@ -478,7 +486,7 @@ pub fn fitting(
 }
 
 /// Deletes what there is of sessions that have expired, about as many rows.
-fn prune_expired(db: &Connection, now_ms: UnixMillis, bytes_left: &mut i64) -> Result<bool> {
+fn prune_expired(db: &Connection, now_ms: UnixMillis, bytes_left: &mut i64) -> Result<Pruned> {
     let mut expired = db.prepare_cached(EXPIRED)?;
     let rows = expired.query_map(
         named_params! {
@@ -490,6 +498,10 @@ fn prune_expired(db: &Connection, now_ms: UnixMillis, bytes_left: &mut i64) -> R
     )?;
     let rows: Vec<_> = rows.collect::<rusqlite::Result<_>>()?;
     let mut left = PRUNE_ROWS_MAX;
+    let mut pruned = Pruned {
+        has_more: true,
+        messages: false,
+    };
     for (number, key) in rows {
         // Nobody is to see a part of it, also should the clock be set back.
         if !key.starts_with(HIDDEN) {
@@ -497,6 +509,7 @@ fn prune_expired(db: &Connection, now_ms: UnixMillis, bytes_left: &mut i64) -> R
         }
         let params = named_params! {":session": number, ":limit": left as i64};
         let rows = fitting(db, EXPIRED_MESSAGES, params, bytes_left)?;
+        pruned.messages |= rows > 0;
         for (statement, rows) in [
             (PRUNE_EXPIRED_MESSAGES, rows),
             (PRUNE_EXPIRED_REQUESTS, left as i64 - rows),
@@ -506,17 +519,18 @@ fn prune_expired(db: &Connection, now_ms: UnixMillis, bytes_left: &mut i64) -> R
         }
         left -= turns::prune_session(db, number, left as i64, bytes_left)?;
         if left == 0 || *bytes_left <= 0 {
-            return Ok(true);
+            return Ok(pruned);
         }
         sessions::delete_pairs(db, number)?;
         db.prepare_cached(DELETE_SESSION)?
             .execute(named_params! {":session": number})?;
         left -= 1;
         if left == 0 {
-            return Ok(true);
+            return Ok(pruned);
         }
     }
-    Ok(false)
+    pruned.has_more = false;
+    Ok(pruned)
 }
 
 /// Reads a page. Says also whether the session is to be kept alive for it.

@@ -1,6 +1,7 @@
 //! The one thread that writes: takes what waits, runs it in one transaction, answers after the
 //! commit. Then, and while nobody asks for anything, it tidies up: deletes what is too old, a step in
-//! a transaction of its own. Knows transactions and their failures; knows no tables but to prune them.
+//! a transaction of its own, and empties the log of what was deleted. Knows transactions and their
+//! failures; knows no tables but to prune them.
 //!
 //! # What a failed commit means
 //!
@@ -33,6 +34,9 @@ const BATCH_JOBS_MAX: usize = 512;
 const BATCH_BYTES_MAX: usize = 8 << 20;
 /// How often what is too old is looked for.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(60);
+/// How far apart the log is emptied, at least. That takes two syncs and a write of each page in it, and
+/// the next commits make the log grow again.
+const EMPTY_INTERVAL: Duration = Duration::from_secs(3);
 /// How long what is not for a caller waits for others' locks. Writes wait as long.
 const PATIENCE: Duration = Duration::from_millis(100);
 
@@ -137,6 +141,10 @@ pub struct Writer {
     pub workers: Vec<Handle>,
     /// When it last pruned; `None` if it did not, or left some.
     pub pruned_ms: Option<UnixMillis>,
+    /// Whether the log is to be emptied: what was deleted is in there still, or its room is needed.
+    pub log_is_stale: bool,
+    /// When it last emptied the log, or tried to; `None` if it may at once.
+    pub emptied: Option<Instant>,
 }
 
 /// Wakes the writing thread.
@@ -201,9 +209,12 @@ impl Writer {
 
     /// How long there is nothing to do but for callers.
     fn rest(&self) -> Duration {
-        match self.pruned_ms {
-            None => Duration::ZERO,
-            Some(_) => PRUNE_INTERVAL,
+        match (self.pruned_ms, self.emptied) {
+            (None, _) => Duration::ZERO,
+            (Some(_), Some(emptied)) if self.log_is_stale => {
+                EMPTY_INTERVAL.saturating_sub(emptied.elapsed())
+            }
+            _ => PRUNE_INTERVAL,
         }
     }
 
@@ -256,6 +267,8 @@ impl Writer {
             self.answer(batch, failure);
             return Ok(());
         }
+        // What is in the log may have room in the file.
+        self.log_is_stale = true;
         // SQLite gives up a whole transaction for lack of room. One job may ask for more than
         // there is while the others do not.
         while !batch.is_empty() {
@@ -382,6 +395,11 @@ impl Writer {
         if !self.pruned_ms.is_some_and(is_recent) {
             self.prune(now_ms)?;
         }
+        self.log_is_stale |= self.shared.cleared.swap(false, Ordering::Relaxed);
+        let is_recent = |emptied: Instant| emptied.elapsed() < EMPTY_INTERVAL;
+        if self.log_is_stale && !self.emptied.is_some_and(is_recent) {
+            self.empty_log();
+        }
         Ok(())
     }
 
@@ -398,13 +416,32 @@ impl Writer {
         });
         self.end_transaction()?;
         match pruned {
-            Ok(has_more) => self.pruned_ms = (!has_more).then_some(now_ms),
+            Ok(pruned) => {
+                self.pruned_ms = (!pruned.has_more).then_some(now_ms);
+                self.log_is_stale |= pruned.messages;
+            }
             Err(error) => {
                 tracing::warn!(%error, "what is too old could not be deleted; in a minute again");
                 self.pruned_ms = Some(now_ms);
+                // Perhaps for lack of room, which callers are to find: at once.
+                self.log_is_stale = true;
+                self.emptied = None;
             }
         }
         Ok(())
+    }
+
+    /// Takes the log into the file, and empties it. While others read what is older, that must wait.
+    fn empty_log(&mut self) {
+        let held_up = self.with_patience(|| {
+            let checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)";
+            Ok(self.db.query_row(checkpoint, [], |row| row.get(0))?)
+        });
+        self.log_is_stale = held_up.unwrap_or_else(|error| {
+            tracing::warn!(%error, "the log could not be emptied; soon again");
+            true
+        });
+        self.emptied = Some(Instant::now());
     }
 
     /// Does what no caller waits for.
