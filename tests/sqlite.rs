@@ -895,6 +895,24 @@ async fn forgotten_requests_leave_the_file_in_bounded_steps() {
 }
 
 #[tokio::test]
+async fn requests_of_a_clock_that_was_ahead_do_not_keep_the_others() {
+    const WEEK_MS: i64 = 7 * 24 * 3_600_000;
+    const AHEAD: usize = 600;
+    let (_directory, path) = place();
+    let (store, time) = open_with_clock(&path);
+    let s = session("s");
+    time.fetch_add(WEEK_MS, Ordering::SeqCst);
+    join_all((0..AHEAD).map(async |_| store.append(&s, batch(["x"])).await.unwrap())).await;
+    time.fetch_sub(WEEK_MS, Ordering::SeqCst);
+    for _ in 0..10 {
+        fill(&store, &s, 1).await;
+    }
+    time.fetch_add(REQUEST_MEMORY_MS, Ordering::SeqCst);
+    fill(&store, &s, 1).await;
+    until_number(&path, "SELECT count(*) FROM requests", AHEAD as i64 + 1).await;
+}
+
+#[tokio::test]
 async fn a_cleared_session_is_forgotten_after_a_month() {
     let (_directory, path) = place();
     let (store, time) = open_with_clock(&path);
