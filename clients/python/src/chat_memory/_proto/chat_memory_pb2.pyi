@@ -117,8 +117,9 @@ class _ProblemEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Problem.Value
     PROBLEM_UNREADABLE: _Problem.ValueType  # 1
     """The stored bytes are not a message of a known form. `raw` holds them, asked for or not."""
     PROBLEM_TOO_LARGE: _Problem.ValueType  # 2
-    """The message does not fit in a page of its own (3 MiB). Where the reason is that `raw` was
-    asked for, `raw` is left out; otherwise contents are left out. `raw_size` says how large it is.
+    """The message does not fit in a page of its own (3 MiB), or in the answer of the call that stored
+    it. Where the reason is that `raw` was asked for, `raw` is left out; otherwise contents are left
+    out. `raw_size` says how large it is.
     """
 
 class Problem(_Problem, metaclass=_ProblemEnumTypeWrapper):
@@ -129,8 +130,9 @@ PROBLEM_UNSPECIFIED: Problem.ValueType  # 0
 PROBLEM_UNREADABLE: Problem.ValueType  # 1
 """The stored bytes are not a message of a known form. `raw` holds them, asked for or not."""
 PROBLEM_TOO_LARGE: Problem.ValueType  # 2
-"""The message does not fit in a page of its own (3 MiB). Where the reason is that `raw` was
-asked for, `raw` is left out; otherwise contents are left out. `raw_size` says how large it is.
+"""The message does not fit in a page of its own (3 MiB), or in the answer of the call that stored
+it. Where the reason is that `raw` was asked for, `raw` is left out; otherwise contents are left
+out. `raw_size` says how large it is.
 """
 Global___Problem: _TypeAlias = Problem  # noqa: Y015
 
@@ -311,7 +313,7 @@ class Message(_message.Message):
     """
     tool_call_id: _builtins.str
     """The call whose result this is. Required with ROLE_TOOL, refused with other roles. At most
-    256 bytes of UTF-8 without control characters.
+    16 KiB of UTF-8 without control characters.
     """
     name: _builtins.str
     """Optional. The speaker's or the tool's name: at most 256 bytes of UTF-8 without control
@@ -496,7 +498,7 @@ class ToolCall(_message.Message):
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name of this call, which its result repeats. May be empty where a provider gives none.
-    At most 256 bytes of UTF-8 without control characters.
+    At most 16 KiB of UTF-8 without control characters: some providers keep more than a name in it.
     """
     name: _builtins.str
     """Required. The tool's name: at most 256 bytes of UTF-8 without control characters."""
@@ -684,7 +686,10 @@ class AppendResponse(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """The messages as stored, in the order given, with what the server gave them."""
+        """The messages as stored, in the order given, with what the server gave them. Where they are
+        almost 4 MiB together, contents of the largest are left out (PROBLEM_TOO_LARGE, without
+        `raw_size`): they are stored, and `GetMessages` has them.
+        """
 
     def __init__(
         self,
@@ -1186,7 +1191,9 @@ class Completed(_message.Message):
     """Why the model ended its answer. Not set if the answer was stopped."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """The messages of the turn as stored: the new ones of the request, then the answer."""
+        """The messages of the turn as stored: the new ones of the request, then the answer. Contents are
+        left out as in `AppendResponse`.
+        """
 
     @_builtins.property
     def usage(self) -> Global___Usage:
@@ -1767,7 +1774,9 @@ class ListSessionsRequest(_message.Message):
     ID_PREFIX_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Optional. The most sessions to return: 1 to 1,000. 0 means 50."""
+    """Optional. The most sessions to return: 1 to 1,000. 0 means 50. A page can hold fewer, for it is
+    at most 3 MiB.
+    """
     page_token: _builtins.str
     """Optional. The `next_page_token` of the page before. The other fields but `page_size` must be as
     they were then.
