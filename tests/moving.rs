@@ -551,7 +551,7 @@ async fn what_is_said_of_a_session_goes_with_it_and_stands_where_it_is_said_alre
                 ("nothing", About::default(), None),
                 ("known", about("There", Some(0)), None),
                 ("ends", about("Here", None), Some(5_000_000)),
-                ("longer", about("Here", Some(TTL_MS)), Some(TTL_MS)),
+                ("longer", about("Here", None), None),
             ] {
                 let (about, expires_ms) = said_of(&*store, name).await;
                 assert_eq!(about, expected, "{name} from {from:?} in {to:?}");

@@ -3719,6 +3719,76 @@ async fn turns_go_with_a_list_whose_expiry_others_shorten_after_their_end() {
     assert!(left > 60_000, "{left}");
 }
 
+/// As it is once a list has expired, whose facts outlive it.
+async fn expire_list(redis: &Redis) {
+    let past = (unix_ms(redis).await - 1).to_string();
+    let _: i64 = redis.command(&["HSET", FACTS, "expires_at", &past]).await;
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+}
+
+#[tokio::test]
+async fn a_list_that_expired_and_was_begun_anew_by_others_tears_no_turn() {
+    let (redis, store) = start().await;
+    append(&store, &["a", "b", "c"]).await;
+    begin(&store, beginning("old")).await;
+    store
+        .end_turn(&session(), ending("old", TOKEN, &["q", "a"]))
+        .await
+        .unwrap();
+    let _: i64 = redis.command(&["EXPIRE", LIST, "1000"]).await;
+    begin(&store, beginning("t")).await;
+    let before = read(&store).await;
+    expire_list(&redis).await;
+    let _: i64 = redis.command(&["LPUSH", LIST, "theirs"]).await;
+
+    let ended = store
+        .end_turn(&session(), ending("t", TOKEN, &["q", "a"]))
+        .await
+        .unwrap();
+    assert!(matches!(ended, TurnState::Completed { .. }), "{ended:?}");
+    let after = read(&store).await;
+    assert_eq!(show(&after), "6:theirs 7:q 8:a");
+    assert_eq!(after.epoch, before.epoch);
+    // What an older one has stored is gone.
+    assert_eq!(begin(&store, beginning("old")).await.attempt, 1);
+}
+
+#[tokio::test]
+async fn a_turn_whose_messages_have_gone_with_the_list_is_told_to_nobody() {
+    let (redis, store) = start().await;
+    begin(&store, beginning("t")).await;
+    store
+        .end_turn(&session(), ending("t", TOKEN, &["q", "a"]))
+        .await
+        .unwrap();
+    let follow = || FollowTurn {
+        turn: turn("t"),
+        from_chunk: 0,
+        bytes_max: usize::MAX,
+        is_noted: false,
+    };
+    let told = store.follow_turn(&session(), follow()).await.unwrap();
+    assert!(told.is_some());
+    let _: i64 = redis.command(&["DEL", LIST]).await;
+    assert_eq!(store.follow_turn(&session(), follow()).await, Ok(None));
+    assert_eq!(redis.command::<i64>(&["EXISTS", TURNS]).await, 1);
+}
+
+#[tokio::test]
+async fn a_rewind_of_an_expired_session_leaves_nothing_without_an_expiry() {
+    let (redis, store) = start().await;
+    append(&store, &["a"]).await;
+    let _: i64 = redis.command(&["EXPIRE", LIST, "1000"]).await;
+    read(&store).await;
+    expire_list(&redis).await;
+    for id in ["r", "s"] {
+        assert_eq!(rewind(&store, id, 0).await, Rewound::Done { count: 0 });
+        for key in keys(&redis).await {
+            assert!(pttl(&redis, &key).await > 0, "{key}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn what_is_beside_a_list_does_not_go_before_it() {
     let redis = Redis::start().await;

@@ -551,6 +551,37 @@ async fn what_was_cleared_is_soon_not_in_the_log() {
     until_gone("what has expired is gone").await;
 }
 
+#[tokio::test]
+async fn what_was_cleared_before_a_crash_is_soon_not_in_the_log_either() {
+    let (_directory, path) = place();
+    let store = Sqlite::open(&path, "message_store:").unwrap();
+    let s = session("s");
+    store.append(&s, batch(["a secret"])).await.unwrap();
+    // Who reads what was before keeps it there.
+    let reader = Connection::open(&path).unwrap();
+    reader
+        .execute_batch("BEGIN; SELECT * FROM messages")
+        .unwrap();
+    store.clear(&s).await.unwrap();
+    // What a crash leaves.
+    let (_left, left) = place();
+    for name in ["db", "db-wal"] {
+        std::fs::copy(path.with_extension(name), left.with_extension(name)).unwrap();
+    }
+    let log = left.with_extension("db-wal");
+    let is_in_log = || {
+        let contents = std::fs::read(&log).unwrap();
+        contents.windows(8).any(|bytes| bytes == b"a secret")
+    };
+    assert!(is_in_log());
+    let store = Sqlite::open(&left, "message_store:").unwrap();
+    wait::until("what was cleared is gone", async || {
+        (!is_in_log()).then_some(())
+    })
+    .await;
+    drop(store);
+}
+
 // Other programs.
 
 #[tokio::test]

@@ -359,8 +359,7 @@ impl Target {
         Ok(())
     }
 
-    /// Says of the session what the input says of it. What somebody has said of it already stands,
-    /// so that a repetition changes nothing.
+    /// Says of the session what the input says of it and nobody has said of it yet.
     async fn describe(&self, store: &dyn Store) -> Result<(), Stop> {
         let Facts {
             expires_at_ms,
@@ -372,7 +371,9 @@ impl Target {
             return Ok(());
         }
         let seen = patiently(|| store.look(&self.session, Look::default())).await?;
-        let lives_on = seen.about.ttl_ms.is_none() && seen.expires_ms.is_none();
+        // A session that has gone on since lives as its writers have it.
+        let lives_on =
+            self.held.is_empty() && seen.about.ttl_ms.is_none() && seen.expires_ms.is_none();
         let has_title = !seen.about.title.is_empty() || title.is_empty();
         let has_metadata = !seen.about.metadata.is_empty() || metadata.is_empty();
         let update = Update {
@@ -383,11 +384,9 @@ impl Target {
         if update != Update::default() {
             patiently(|| store.update_session(&self.session, update.clone())).await?;
         }
-        // With a time to live of its own, that starts now. A session that has gone on since has the
-        // expiry that its writers gave it.
+        // With a time to live of its own, that starts now.
         if let (Some(at_ms), None) = (*expires_at_ms, ttl_ms)
             && lives_on
-            && self.held.is_empty()
         {
             patiently(|| store.expire(&self.session, at_ms)).await?;
         }

@@ -225,7 +225,8 @@ impl Sqlite {
             jobs: queue,
             workers,
             pruned_ms: None,
-            log_is_stale: false,
+            // A server that died may have left what it had cleared.
+            log_is_stale: true,
             emptied: None,
         };
         let writer = std::thread::Builder::new()

@@ -572,8 +572,11 @@ impl SessionStore for Sqlite {
         let is_done = |rewound: &Rewound| matches!(rewound, Rewound::Done { .. });
         let cleared = self.shared.cleared.clone();
         self.write_and_ring(session, is_done, 0, move |db, now_ms| {
-            cleared.store(true, Ordering::Relaxed);
-            rewind(db, &key, &asked, now_ms)
+            let rewound = rewind(db, &key, &asked, now_ms)?;
+            if matches!(rewound, Rewound::Done { count: 1.. }) {
+                cleared.store(true, Ordering::Relaxed);
+            }
+            Ok(rewound)
         })
         .await
     }

@@ -24,8 +24,8 @@ end
 
 -- Reads the facts and compares them with the list. Writes nothing. Returns the session as it is
 -- now, with `is_changed` if the facts need saving, `is_cleared` if the list was deleted by others
--- since, `is_new` if it holds nothing because it has expired or never did, `has_expired` in the
--- first of these cases, and `is_known` if there are facts; or nil and what the script must return.
+-- since, `has_expired` if it has expired since, `is_new` if it holds nothing, because it has expired or
+-- never did, and `is_known` if there are facts; or nil and what the script must return.
 local function reconcile()
   local length = redis.pcall('LLEN', LIST)
   local refusal = refusal_of(length, LIST)
@@ -93,11 +93,10 @@ local function reconcile()
   end
   if not is_intact then
     -- All that is there now is new: it gets numbers that nobody has seen. Only a session that
-    -- expired starts anew; where somebody has refilled it meanwhile, nobody can tell an expiry
-    -- from a deletion, and numbers that are too high do no harm.
-    -- The list and this clock may differ by a little.
-    local has_expired = length == 0 and had_expiry and session.now >= had_expiry - 1000
-    session.base = has_expired and 0 or session.last
+    -- expired starts anew, unless somebody has begun it anew since: numbers that are too high do no
+    -- harm, and perhaps it did not expire. The list and this clock may differ by a little.
+    local has_expired = had_expiry and session.now >= had_expiry - 1000 or false
+    session.base = has_expired and length == 0 and 0 or session.last
     session.last = session.base
     session.mark = ''
     -- One that was never cleared reads the same before and after its facts go, too.
@@ -108,7 +107,7 @@ local function reconcile()
     session.ttl = nil
     newest, extra = session.base, 0
     session.is_changed = true
-    session.is_new = has_expired
+    session.is_new = has_expired and length == 0
     session.has_expired = has_expired
     session.is_cleared = not has_expired
   end
@@ -199,7 +198,7 @@ local function forget_completed(session)
     local turn = redis.call('HGET', TURNS, ordinal_field(ordinal))
     local packed = turn and redis.call('HGET', TURNS, turn)
     local record = packed and cmsgpack.unpack(packed)
-    local is_gone = session.is_new
+    local is_gone = session.is_new or session.has_expired
       or record and record.list_until_ms and record.list_until_ms <= session.now
     if record and record.state == 'completed' and is_gone then
       delete_chunks(turn, record)
@@ -330,7 +329,7 @@ local function save(session)
 
   if session.is_cleared then
     redis.call('UNLINK', REQUESTS[0], REQUESTS[1], TURNS)
-  elseif session.is_new or not session.is_known then
+  elseif session.is_new or session.has_expired or not session.is_known then
     if session.has_expired then
       redis.call('UNLINK', REQUESTS[0], REQUESTS[1])
     end
@@ -485,7 +484,10 @@ local function remember(session, request, stamp, first, count)
   end
   redis.call('HSET', REQUESTS[today % 2], request, record)
   expire_requests(session, today)
-  if not is_plain(session) then
+  if session.length == 0 and redis.call('EXISTS', SESSION) == 0 then
+    -- There is nothing that the day could go with.
+    return record
+  elseif not is_plain(session) then
     note_day(session, math.max(newest or 0, today), '-')
   elseif newest ~= today or string.sub(session.day, -1) == '-' then
     -- Also where the clock has gone back, and this record is the older one.

@@ -14,7 +14,7 @@
 --   { 'too many' }           REWINDS_MAX is reached
 --
 -- All checks come before the first write. That is LTRIM, since deleting is allowed when memory has
--- run out, and then so is the rest; or HSET if there is nothing to delete.
+-- run out, and then so is the rest; or what `remember` begins with if there is nothing to delete.
 
 local session, refusal = reconcile()
 if not session then

@@ -58,7 +58,7 @@ local function pack_line()
 end
 
 local found = known(values[1], now)
-if found and found.state == 'completed' and session.is_new then
+if found and found.state == 'completed' and (session.is_new or session.has_expired) then
   -- Its messages have gone with the list.
   found = nil
 end

@@ -17,7 +17,7 @@ if not values then
 end
 local now = clock()
 local record = known(values[1], now)
-if not record then
+if not record or is_gone(record) then
   return { 'unknown' }
 end
 

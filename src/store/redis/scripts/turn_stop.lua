@@ -19,7 +19,7 @@ if turn == '' then
 end
 local now = clock()
 local record = known(packed, now)
-if not record then
+if not record or is_gone(record) then
   return { 'unknown' }
 end
 if record.state == 'running' and record.stop ~= ARGV[2] then

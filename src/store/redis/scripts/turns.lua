@@ -71,6 +71,11 @@ local function known(packed, now)
   return nil
 end
 
+-- Whether what a turn has stored has gone with the list.
+local function is_gone(record)
+  return record.state == 'completed' and redis.call('EXISTS', LIST) == 0
+end
+
 local function is_expired(record, now)
   return record.expires_ms <= now
 end

@@ -293,7 +293,7 @@ class Message(_message.Message):
     sequence: _builtins.int
     """Output only. The message's place in its session, from 1 on. Strictly increasing, never given
     twice in the life of a session, also not after Clear. A session whose time to live has run
-    out starts at 1 again.
+    out starts at 1 again, unless another program has begun it anew first.
     """
     id: _builtins.str
     """Optional. The client's name for the message: at most 256 bytes of UTF-8 without control
