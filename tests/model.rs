@@ -449,6 +449,41 @@ async fn an_error_of_the_provider_within_the_stream_breaks_the_answer() {
 }
 
 #[tokio::test]
+async fn an_error_within_the_stream_whose_code_is_an_http_status_is_what_that_status_is() {
+    let failed = |code: Value| {
+        let error = json!({"error": {"message": "not\nso", "code": code}});
+        failure_of(Script::begin().data(error).done())
+    };
+    let unavailable = Error::Unavailable {
+        reason: "HTTP 503".to_owned(),
+        retry_after: None,
+    };
+    for (code, expected) in [
+        (json!(400), Error::Rejected("not so".to_owned())),
+        (json!("422"), Error::Rejected("not so".to_owned())),
+        (json!(401), Error::Unauthorized("HTTP 401".to_owned())),
+        (json!(404), Error::UnknownModel("test-model".to_owned())),
+        (json!("429"), Error::RateLimited { retry_after: None }),
+        (json!(503), unavailable),
+    ] {
+        assert_eq!(failed(code.clone()).await.1, expected, "{code}");
+    }
+    for code in [
+        json!(null),
+        json!("server_error"),
+        json!(200),
+        json!(307),
+        json!(1301),
+        json!(-400),
+        json!(400.5),
+        json!({"code": 400}),
+    ] {
+        let broken = Error::Broken("the provider reports: not so".to_owned());
+        assert_eq!(failed(code.clone()).await.1, broken, "{code}");
+    }
+}
+
+#[tokio::test]
 async fn a_provider_that_falls_silent_is_given_up() {
     let server = provider::Provider::start().await;
     server.answer(Script::begin().say("a").hang());
@@ -1175,11 +1210,17 @@ async fn attempts_are_counted() {
 #[tokio::test]
 async fn a_refusal_is_not_tried_again() {
     for status in [400, 401, 404] {
-        let server = provider::Provider::start().await;
-        server.always(Script::refusal(status, "x", "no"));
-        let outcome = ask(&retrying(&server, impatient()), prompt("hi")).await;
-        assert_eq!(outcome.len(), 1);
-        assert_eq!(server.request_count(), 1, "{status}");
+        let error = json!({"error": {"message": "no", "code": status}});
+        for refusal in [
+            Script::refusal(status, "x", "no"),
+            Script::begin().data(error),
+        ] {
+            let server = provider::Provider::start().await;
+            server.always(refusal);
+            let outcome = ask(&retrying(&server, impatient()), prompt("hi")).await;
+            assert_eq!(outcome.len(), 1);
+            assert_eq!(server.request_count(), 1, "{status}");
+        }
     }
 }
 

@@ -150,7 +150,8 @@ pub enum Error {
     #[error("the provider refuses the request: {0}")]
     Rejected(String),
 
-    /// The stream of an answer broke: cut, malformed, or ended with an error of the provider.
+    /// The stream of an answer broke: cut, malformed, or ended with an error of the provider. One
+    /// whose code is an HTTP status is the failure that this status is.
     #[error("the model's stream broke: {0}")]
     Broken(String),
 }

@@ -98,7 +98,11 @@ pub(super) fn in_stream(error: genai::Error, context: &Context) -> Error {
             }
         }
         E::ChatResponse { body, .. } => {
-            let words = Fault::of(&body).message.unwrap_or_default();
+            let fault = Fault::of(&body);
+            if let Some(status) = fault.status {
+                return http(status, &HeaderMap::new(), &body.to_string(), context);
+            }
+            let words = fault.message.unwrap_or_default();
             Error::Broken(match context.words(&words) {
                 words if words.is_empty() => "the provider reports an error".to_owned(),
                 words => format!("the provider reports: {words}"),
@@ -196,6 +200,8 @@ pub(super) fn innermost(error: &reqwest::Error) -> String {
 #[derive(Debug, Default)]
 struct Fault {
     message: Option<String>,
+    /// The HTTP status that its code is. Within a stream, which began with 200, only this tells.
+    status: Option<StatusCode>,
     /// It says that there is no such model.
     names_no_model: bool,
 }
@@ -211,6 +217,11 @@ impl Fault {
             .or_else(|| error.get("message").and_then(text))
             .or_else(|| body.get("message").and_then(text))
             .or_else(|| body.get("detail").and_then(text));
+        let status = error.get("code").and_then(|code| {
+            let code = text(code).unwrap_or_else(|| code.to_string());
+            let status: StatusCode = code.parse().ok()?;
+            (status.is_client_error() || status.is_server_error()).then_some(status)
+        });
         let names_no_model = ["code", "type"]
             .into_iter()
             .filter_map(|name| error.get(name)?.as_str())
@@ -221,6 +232,7 @@ impl Fault {
             });
         Self {
             message,
+            status,
             names_no_model,
         }
     }
