@@ -549,28 +549,32 @@ fn parse_call(mut request: pb::ChatRequest) -> Result<Call, Error> {
         Ok(pb::OnConflict::Supersede) => OnConflict::Supersede,
         Err(_) => return Err(Violation::new("on_conflict", "is not one of its values").into()),
     };
-    let stop_on_disconnect = match pb::OnDisconnect::try_from(on_disconnect) {
-        Ok(pb::OnDisconnect::Unspecified | pb::OnDisconnect::Continue) => false,
-        Ok(pb::OnDisconnect::Stop) => true,
-        Err(_) => return Err(Violation::new("on_disconnect", "is not one of its values").into()),
-    };
+    if pb::OnDisconnect::try_from(on_disconnect).is_err() {
+        return Err(Violation::new("on_disconnect", "is not one of its values").into());
+    }
     let follows = request.messages.is_empty() && !turn_id.is_empty();
     let turn_id = id_or_new("turn_id", turn_id)?;
     wire::drop_output(&mut request.messages);
-    let body = request.encode_to_vec();
+    let mut body = request.encode_to_vec();
+    let key = RequestKey::new("turn", &turn_id, &body);
+    // Whoever runs the turn goes by it. To decode the bytes of two messages is to merge them.
+    let besides = pb::ChatRequest {
+        on_disconnect,
+        ..Default::default()
+    };
+    body.extend(besides.encode_to_vec());
     let history = match follows {
         true => Asked::default(),
         false => check_ask(request)?.history,
     };
     Ok(Call {
         session,
-        key: RequestKey::new("turn", &turn_id, &body),
+        key,
         turn_id,
         request: (!follows).then(|| body.into()),
         history,
         resume_after,
         on_conflict,
-        stop_on_disconnect,
     })
 }
 
@@ -581,6 +585,7 @@ pub fn parse_ask(request: &[u8]) -> Result<Ask, Error> {
 }
 
 fn check_ask(request: pb::ChatRequest) -> Result<Ask, Error> {
+    let stop_on_disconnect = request.on_disconnect() == pb::OnDisconnect::Stop;
     let history = Asked::parse(
         request.last_messages,
         request.last_turns,
@@ -610,6 +615,7 @@ fn check_ask(request: pb::ChatRequest) -> Result<Ask, Error> {
         drafts,
         prompt,
         history,
+        stop_on_disconnect,
     })
 }
 

@@ -79,6 +79,19 @@ impl World {
     }
 }
 
+/// A server on the embedded file in this directory.
+fn on_file(provider: &Provider, directory: &tempfile::TempDir) -> Program {
+    let database = directory.path().join("chat.db");
+    Program::start(&[
+        "--listen=127.0.0.1:0",
+        "--database",
+        database.to_str().unwrap(),
+        "--model=test-model",
+        "--model-url",
+        &provider.url(),
+    ])
+}
+
 /// A client of a server that has its store.
 async fn ready(program: &Program) -> Client {
     let client = client(tcp_channel(&program.addresses[0]).await);
@@ -326,6 +339,44 @@ async fn a_turn_of_a_killed_server_gets_its_answer_although_nobody_asks() {
     assert_eq!(world.provider.request_count(), 2);
 }
 
+/// Has a turn that stops without followers adopted by the next server, where it has none.
+async fn adopt_what_stops_without_followers(provider: &Provider, start: impl Fn() -> Program) {
+    provider.always(Script::begin().say("so far").hang());
+    let server = start();
+    let mut client = ready(&server).await;
+    let mut request = turn("s", "t", "hi");
+    request.on_disconnect = pb::OnDisconnect::Stop.into();
+    let begun = client.chat(request).await.unwrap();
+    take_deltas(&mut begun.into_inner(), 1).await;
+    server.crash();
+
+    let server = start();
+    let mut client = ready(&server).await;
+    provider.wait_for_requests(2).await;
+    assert_eq!(provider.wait_for_outcome(1).await, Outcome::ClientLeft);
+    let told = tell(&mut client, follow("s", "t", 0)).await;
+    assert_eq!(told.reason(), "");
+    let stored = told.completed.unwrap().messages;
+    assert_eq!(
+        (stored[1].content.as_str(), stored[1].interrupted),
+        ("so far", true)
+    );
+}
+
+#[tokio::test]
+async fn an_adopted_turn_still_stops_without_followers() {
+    let world = World::start().await;
+    adopt_what_stops_without_followers(&world.provider, || world.server()).await;
+}
+
+#[tokio::test]
+async fn an_adopted_turn_still_stops_without_followers_on_the_embedded_file() {
+    let provider = Provider::start().await;
+    let directory = tempfile::tempdir().unwrap();
+    let start = || on_file(&provider, &directory);
+    adopt_what_stops_without_followers(&provider, start).await;
+}
+
 /// Has a turn adopted by the next server, which is then asked something else under its id.
 async fn ask_otherwise_of_an_adopter(provider: &Provider, start: impl Fn() -> Program) {
     let gate = Gate::new();
@@ -363,17 +414,7 @@ async fn an_adopted_turn_answers_no_other_request_than_its_own() {
 async fn an_adopted_turn_answers_no_other_request_on_the_embedded_file() {
     let provider = Provider::start().await;
     let directory = tempfile::tempdir().unwrap();
-    let database = directory.path().join("chat.db");
-    let url = provider.url();
-    let arguments = [
-        "--listen=127.0.0.1:0",
-        "--database",
-        database.to_str().unwrap(),
-        "--model=test-model",
-        "--model-url",
-        &url,
-    ];
-    ask_otherwise_of_an_adopter(&provider, || Program::start(&arguments)).await;
+    ask_otherwise_of_an_adopter(&provider, || on_file(&provider, &directory)).await;
 }
 
 #[tokio::test]
@@ -1236,17 +1277,7 @@ async fn a_turn_is_adopted_by_the_next_server_on_the_embedded_file() {
     provider.answer(Script::begin().say("lost").hang());
     provider.answer(Script::text(["found"]));
     let directory = tempfile::tempdir().unwrap();
-    let database = directory.path().join("chat.db");
-    let url = provider.url();
-    let arguments = [
-        "--listen=127.0.0.1:0",
-        "--database",
-        database.to_str().unwrap(),
-        "--model=test-model",
-        "--model-url",
-        &url,
-    ];
-    let server = Program::start(&arguments);
+    let server = on_file(&provider, &directory);
     let mut connected = ready(&server).await;
     let mut stream = connected
         .chat(turn("s", "t", "hi"))
@@ -1256,7 +1287,7 @@ async fn a_turn_is_adopted_by_the_next_server_on_the_embedded_file() {
     let begun = take_deltas(&mut stream, 1).await;
     assert!(matches!(begun.started, Some(ref started) if started.attempt == 1));
     server.crash();
-    let server = Program::start(&arguments);
+    let server = on_file(&provider, &directory);
     let mut connected = ready(&server).await;
     let told = tell(&mut connected, follow("s", "t", 0)).await;
     assert_eq!(told.reason(), "");

@@ -102,6 +102,8 @@ pub struct Ask {
     pub prompt: Prompt,
     /// How much history; if nothing is said, as the settings say.
     pub history: Asked,
+    /// Whether the turn stops when nobody follows it any more.
+    pub stop_on_disconnect: bool,
 }
 
 /// Reads what was asked from its bytes, which are kept with the turn so that another server can run
@@ -122,8 +124,6 @@ pub struct Call {
     /// The number of the last event that the client has.
     pub resume_after: i64,
     pub on_conflict: OnConflict,
-    /// Whether the turn that this call begins stops when nobody follows it any more.
-    pub stop_on_disconnect: bool,
 }
 
 /// What to do when another turn runs on the session.
@@ -356,7 +356,6 @@ impl Turns {
             self.run(Run {
                 session: call.session,
                 turn: call.key.id,
-                stop_on_disconnect: call.stop_on_disconnect,
                 leased: leased.clone(),
                 lease,
                 permit: Mutex::new(Some(permit)),
@@ -440,7 +439,6 @@ impl Turns {
             self.run(Run {
                 session,
                 turn,
-                stop_on_disconnect: false,
                 leased,
                 lease,
                 permit: Mutex::new(permit),
@@ -574,7 +572,6 @@ impl Turns {
 struct Run {
     session: SessionId,
     turn: TurnId,
-    stop_on_disconnect: bool,
     leased: Leased,
     lease: Lease,
     /// Given back when it is `None`; never there for a turn that only has to be ended.

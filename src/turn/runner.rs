@@ -182,7 +182,7 @@ impl Runner {
                 tokio::select! {
                     biased;
                     () = abort.cancelled() => Ending::GivenUp,
-                    ending = self.keep() => ending,
+                    ending = self.keep(ask.stop_on_disconnect) => ending,
                     asked = timeout(limit, self.ask(&ask, &mut answer)) => match asked {
                         Ok(Ok(end)) => Ending::Complete(end),
                         Ok(Err(error)) => Ending::Failed(error),
@@ -204,7 +204,7 @@ impl Runner {
     }
 
     /// Keeps the lease and writes the log, until the turn is to end.
-    async fn keep(&self) -> Ending {
+    async fn keep(&self, stop_on_disconnect: bool) -> Ending {
         // Turns that began together do not write together.
         let phase = WRITE_EVERY.mul_f64(f64::from(self.held.turn[0]) / 256.0);
         let mut ticks = interval_at(Instant::now() + phase, WRITE_EVERY);
@@ -218,7 +218,7 @@ impl Runner {
                 () = self.held.poke.notified() => (true, Instant::now()),
                 tick = ticks.tick() => (false, tick),
             };
-            if self.run.stop_on_disconnect {
+            if stop_on_disconnect {
                 let is_followed = *self.held.followers.borrow() > 0 || is_followed_elsewhere;
                 match alone_since {
                     _ if is_followed => alone_since = None,

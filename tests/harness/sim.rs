@@ -732,10 +732,15 @@ fn key(name: &str) -> RequestKey {
     RequestKey::new("turn", name, name.as_bytes())
 }
 
+/// Ends the request of a turn that stops without followers.
+const STOPS: &str = " stops";
+
 /// A turn asks its own name.
 fn parse(request: &[u8]) -> Result<Ask, Error> {
-    let question = String::from_utf8(request.to_vec()).map_err(|_| Error::Internal)?;
+    let request = str::from_utf8(request).map_err(|_| Error::Internal)?;
+    let question = request.trim_end_matches(STOPS);
     Ok(Ask {
+        stop_on_disconnect: question != request,
         drafts: vec![Draft::text(Role::User, question)],
         prompt: Prompt {
             model: None,
@@ -799,7 +804,8 @@ impl Client {
 
     async fn talk(&mut self, turns: &Turns) {
         let call = {
-            let request = Bytes::from(self.name.clone());
+            let stops = ["", STOPS][usize::from(self.below(100) < 25)];
+            let request = Bytes::from(format!("{}{stops}", self.name));
             let conflicts = [OnConflict::Reject, OnConflict::Wait, OnConflict::Supersede];
             Call {
                 session: session(),
@@ -809,7 +815,6 @@ impl Client {
                 history: Default::default(),
                 resume_after: self.taken,
                 on_conflict: conflicts[self.below(3) as usize],
-                stop_on_disconnect: self.below(100) < 25,
             }
         };
         let mut follower = match turns.chat(call).await {

@@ -218,7 +218,7 @@ class _OnDisconnectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnDiscon
     """The turn goes on and is stored when it completes."""
     ON_DISCONNECT_STOP: _OnDisconnect.ValueType  # 2
     """The turn stops about a second after the last follower has left, at whichever server, as
-    StopChat stops it.
+    StopChat stops it. So does one that another server runs anew.
     """
 
 class OnDisconnect(_OnDisconnect, metaclass=_OnDisconnectEnumTypeWrapper):
@@ -230,7 +230,7 @@ ON_DISCONNECT_CONTINUE: OnDisconnect.ValueType  # 1
 """The turn goes on and is stored when it completes."""
 ON_DISCONNECT_STOP: OnDisconnect.ValueType  # 2
 """The turn stops about a second after the last follower has left, at whichever server, as
-StopChat stops it.
+StopChat stops it. So does one that another server runs anew.
 """
 Global___OnDisconnect: _TypeAlias = OnDisconnect  # noqa: Y015
 
