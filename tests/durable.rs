@@ -1134,6 +1134,26 @@ async fn calls_that_wait_at_two_servers_run_in_the_order_in_which_they_came() {
 }
 
 #[tokio::test]
+async fn a_call_that_goes_away_leaves_the_line() {
+    let world = World::start().await;
+    world.provider.always(Script::begin().say("so far").hang());
+    let server = world.server();
+    let mut client = ready(&server).await;
+    let mut stream = client
+        .chat(turn("s", "t", "hi"))
+        .await
+        .unwrap()
+        .into_inner();
+    take_deltas(&mut stream, 1).await;
+    let mut waiting = client.clone();
+    let waiter = tokio::spawn(async move { waiting.chat(queued("s", "q", "then")).await });
+    until_in_line(&world, "s", 1).await;
+    waiter.abort();
+    // Nobody else asks, so nobody else finds that it asks no more.
+    until_in_line(&world, "s", 0).await;
+}
+
+#[tokio::test]
 async fn a_turn_supersedes_the_running_one_while_others_wait_in_line() {
     let world = World::start().await;
     world.provider.answer(Script::begin().say("cut").hang());

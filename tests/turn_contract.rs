@@ -15,7 +15,7 @@ use chat_memory::store::turns::{
 use chat_memory::store::{Error, List, Order, Read, RequestKey, Store};
 use futures_util::future::join_all;
 use harness::stores::{Backend, batch, fresh_session, read_all, texts};
-use harness::turns::{begin, brief_lease, end, follow, keep, lease, leased, take};
+use harness::turns::{LONG_MS, begin, brief_lease, end, follow, keep, lease, leased, take};
 use harness::wait::until;
 
 type Shared = Arc<dyn Store>;
@@ -375,6 +375,42 @@ async fn a_place_in_line_is_lost_unless_its_call_asks_again(store: Shared, s: Se
     leased(store.begin_turn(&s, kept).await.unwrap());
 }
 
+async fn who_leaves_the_line_makes_room_unless_its_turn_is_asked_for_again(
+    store: Shared,
+    s: SessionId,
+) {
+    let nobody = begin("nobody", lease()).key.id;
+    store.leave_line(&s, nobody, 0).await.unwrap();
+    let first = begin("a", lease());
+    store.begin_turn(&s, first.clone()).await.unwrap();
+    let line = ["b", "c", "d"].map(waiting);
+    let place = async |index: usize| {
+        let asked = store.begin_turn(&s, line[index].clone()).await.unwrap();
+        let Begun::Waiting { before, .. } = asked else {
+            panic!("{asked:?}");
+        };
+        before
+    };
+    for index in 0..line.len() {
+        assert_eq!(place(index).await, index);
+    }
+    let leaving = line[1].key.id;
+    store.leave_line(&s, leaving, LONG_MS).await.unwrap();
+    store.leave_line(&s, nobody, 0).await.unwrap();
+    assert_eq!(place(2).await, 2);
+    for _ in 0..2 {
+        store.leave_line(&s, leaving, 0).await.unwrap();
+        assert_eq!([place(0).await, place(2).await], [0, 1]);
+    }
+    assert_eq!(place(1).await, 2);
+    // One that runs stands in no line.
+    store.leave_line(&s, first.key.id, 0).await.unwrap();
+    let end = end(first.key.id, first.lease.token, &["x"]);
+    store.end_turn(&s, end).await.unwrap();
+    store.leave_line(&s, line[0].key.id, 0).await.unwrap();
+    leased(store.begin_turn(&s, line[2].clone()).await.unwrap());
+}
+
 async fn a_call_in_line_is_told_of_a_running_turn_whose_lease_has_run_out(
     store: Shared,
     s: SessionId,
@@ -609,6 +645,7 @@ macro_rules! contract {
                 calls_that_wait_get_their_turns_in_the_order_in_which_they_came,
                 only_so_many_calls_wait_in_line,
                 a_place_in_line_is_lost_unless_its_call_asks_again,
+                who_leaves_the_line_makes_room_unless_its_turn_is_asked_for_again,
                 a_call_in_line_is_told_of_a_running_turn_whose_lease_has_run_out,
                 an_ended_turn_is_forgotten_after_its_retention_and_its_id_is_free,
                 a_running_turn_that_nobody_keeps_is_forgotten_too,

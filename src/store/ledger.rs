@@ -217,6 +217,23 @@ pub fn begin(table: &mut impl Table, begin: &BeginTurn, now_ms: UnixMillis) -> R
     Ok(Begun::Leased(record.leased(begin.request.clone(), lease)))
 }
 
+pub fn leave_line(
+    table: &mut impl Table,
+    turn: &TurnId,
+    silent_ms: i64,
+    now_ms: UnixMillis,
+) -> Result<()> {
+    let mut slot = table.slot()?;
+    let is_gone = |(waiting, asked_ms): &(TurnId, UnixMillis)| {
+        waiting == turn && now_ms - asked_ms >= silent_ms
+    };
+    if let Some(place) = slot.line.iter().position(is_gone) {
+        slot.line.remove(place);
+        table.set_slot(&slot)?;
+    }
+    Ok(())
+}
+
 pub fn take(table: &mut impl Table, take: &TakeTurn, now_ms: UnixMillis) -> Result<Taken> {
     let Some(mut record) = known(table, &take.turn, now_ms)? else {
         return Ok(Taken::Gone);

@@ -7,7 +7,8 @@ use bytes::Bytes;
 use super::{Appended, Page, Read, RequestKey, Result};
 use crate::message::{SessionId, UnixMillis};
 
-/// How long a call that waits in line ([`BeginTurn::waits`]) keeps its place without asking again.
+/// How long a call that waits in line ([`BeginTurn::waits`]) keeps its place without asking again,
+/// unless somebody takes it out of the line ([`TurnStore::leave_line`]).
 pub const PLACE_MS: i64 = 2_000;
 
 /// Calls that may wait in line at one session.
@@ -73,6 +74,11 @@ pub trait TurnStore: Send + Sync + 'static {
     ) -> Result<(Begun, Option<Page>)> {
         Ok((self.begin_turn(session, begin).await?, None))
     }
+
+    /// Takes a turn out of the line, for a call that does not wait any more
+    /// ([`BeginTurn::waits`]); but not if the turn was asked for in the last `silent_ms`, for then
+    /// another call waits for it.
+    async fn leave_line(&self, session: &SessionId, turn: TurnId, silent_ms: i64) -> Result<()>;
 
     /// Takes a running turn whose lease has run out.
     async fn take_turn(&self, session: &SessionId, take: TakeTurn) -> Result<Taken>;

@@ -35,7 +35,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, Semaphore, watch},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch},
     time::{Instant, sleep},
 };
 use tokio_util::{
@@ -75,6 +75,9 @@ mod runner;
 const RESERVE: i64 = 1_000;
 /// How often a call in line asks whether it is its turn.
 const WAIT_POLL: Duration = Duration::from_millis(100);
+/// How long the place of a call that left the line stays for who asks for the same turn at once, as
+/// after a connection that broke. Whoever asks in the second half of it keeps the place.
+const PLACE_GRACE: Duration = Duration::from_millis(400);
 /// How often a stopped turn is looked at.
 const STOP_POLL: Duration = Duration::from_millis(30);
 /// How long the holder of a turn gets to stop it, before it is taken from it.
@@ -238,6 +241,7 @@ impl Turns {
         let shared = &self.0;
         let waits_until = Instant::now() + shared.settings.turn_limit;
         let token = Token::new();
+        let mut place: Option<oneshot::Sender<()>> = None;
         loop {
             if let Some(held) = self.held(&call.session, &call.key.id) {
                 if call.request.is_some() && held.fingerprint != call.key.fingerprint {
@@ -270,7 +274,11 @@ impl Turns {
                 .begin(call.clone(), request.clone(), token, permit);
             let begun = shared.tasks.spawn(beginning).await;
             match begun.map_err(|_| Error::Internal)?? {
-                Begun::Leased(_) => {}
+                Begun::Leased(_) => {
+                    if let Some(place) = place.take() {
+                        place.send(()).ok();
+                    }
+                }
                 Begun::Exists(_) => return Ok(Follower::stored(self.clone(), &call)),
                 Begun::Busy {
                     turn,
@@ -292,6 +300,7 @@ impl Turns {
                     }
                 }
                 Begun::Waiting { expired, .. } => {
+                    place.get_or_insert_with(|| self.hold_place(&call));
                     if let Some(turn) = expired {
                         self.adopt(&call.session, turn).await?;
                     }
@@ -304,6 +313,23 @@ impl Turns {
                 Begun::LineFull => return Err(Error::LineFull),
             }
         }
+    }
+
+    /// Has the call's turn taken out of the line if what is returned is dropped unused: if the call
+    /// ends, in whatever way, without its turn.
+    fn hold_place(&self, call: &Call) -> oneshot::Sender<()> {
+        let (place, is_used) = oneshot::channel();
+        let (turns, session, turn) = (self.clone(), call.session.clone(), call.key.id);
+        tokio::spawn(async move {
+            if is_used.await.is_err() {
+                sleep(PLACE_GRACE).await;
+                let silent_ms = to_ms(PLACE_GRACE / 2);
+                // If that fails, the place is lost a little later.
+                let left = turns.0.store.leave_line(&session, turn, silent_ms);
+                left.await.ok();
+            }
+        });
+        place
     }
 
     /// Waits a little for a turn that has ended to be stored.

@@ -415,6 +415,13 @@ impl TurnStore for Link {
         .await
     }
 
+    async fn leave_line(&self, _: &SessionId, turn: TurnId, silent_ms: i64) -> store::Result<()> {
+        self.call("leave", Some(turn), true, move |state, now_ms| {
+            ledger::leave_line(&mut state.db, &turn, silent_ms, now_ms)
+        })
+        .await
+    }
+
     async fn take_turn(&self, _: &SessionId, take: TakeTurn) -> store::Result<Taken> {
         self.call("take", Some(take.turn), true, move |state, now_ms| {
             let was_completed = state.is_completed(&take.turn);

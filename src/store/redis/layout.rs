@@ -154,6 +154,7 @@ pub(super) struct Scripts {
     pub(super) index_settle: Script,
     pub(super) index_forget: Script,
     pub(super) turn_begin: Script,
+    pub(super) turn_leave: Script,
     pub(super) turn_take: Script,
     pub(super) turn_keep: Script,
     pub(super) turn_end: Script,
@@ -214,6 +215,7 @@ impl Scripts {
             index_settle: index_script(include_str!("scripts/index_settle.lua")),
             index_forget: index_script(include_str!("scripts/index_forget.lua")),
             turn_begin: turn_script(include_str!("scripts/turn_begin.lua")),
+            turn_leave: light_script(include_str!("scripts/turn_leave.lua")),
             turn_take: light_script(include_str!("scripts/turn_take.lua")),
             turn_keep: Script::new(&format!(
                 "local LINGER_MS = {LINGER_MS}\n{}",

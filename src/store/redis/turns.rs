@@ -44,6 +44,16 @@ impl TurnStore for Redis {
         self.begin(session, begin, read).await
     }
 
+    async fn leave_line(&self, session: &SessionId, turn: TurnId, silent_ms: i64) -> Result<()> {
+        let mut script = self.invocation(&self.scripts.turn_leave, session);
+        script.arg(&turn).arg(silent_ms);
+        let reply = self.write(&script).await?;
+        match reply.word.as_str() {
+            "left" => Ok(()),
+            _ => Err(refusal(reply)),
+        }
+    }
+
     async fn take_turn(&self, session: &SessionId, take: TakeTurn) -> Result<Taken> {
         let lease = &take.lease;
         let look_ms = now_ms().saturating_add(lease.lease_ms);

@@ -534,6 +534,16 @@ impl TurnStore for Sqlite {
         .await
     }
 
+    async fn leave_line(&self, session: &SessionId, turn: TurnId, silent_ms: i64) -> Result<()> {
+        let key = self.key(session);
+        let upkeep = self.upkeep;
+        self.write(0, move |db, now_ms| {
+            let mut turns = Turns::open(db, &key, upkeep, now_ms)?;
+            ledger::leave_line(&mut turns, &turn, silent_ms, now_ms)
+        })
+        .await
+    }
+
     async fn take_turn(&self, session: &SessionId, take: TakeTurn) -> Result<Taken> {
         let key = self.key(session);
         let upkeep = self.upkeep;

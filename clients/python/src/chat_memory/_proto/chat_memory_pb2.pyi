@@ -185,7 +185,8 @@ class _OnConflictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnConflict
     ON_CONFLICT_QUEUE: _OnConflict.ValueType  # 2
     """Wait, in line with other calls that do, until it has ended: at most as long as the caller's
     deadline, and as long as a turn may take (then ABORTED, TURN_IN_PROGRESS). At most 100 calls
-    wait at a session (RESOURCE_EXHAUSTED, TOO_MANY_WAITING).
+    wait at a session (RESOURCE_EXHAUSTED, TOO_MANY_WAITING). A call that ends leaves the line
+    within a second, unless the same turn is asked for again at once.
     """
     ON_CONFLICT_SUPERSEDE: _OnConflict.ValueType  # 3
     """Stop the running turn as StopChat does, keeping what there is of its answer."""
@@ -200,7 +201,8 @@ ON_CONFLICT_REJECT: OnConflict.ValueType  # 1
 ON_CONFLICT_QUEUE: OnConflict.ValueType  # 2
 """Wait, in line with other calls that do, until it has ended: at most as long as the caller's
 deadline, and as long as a turn may take (then ABORTED, TURN_IN_PROGRESS). At most 100 calls
-wait at a session (RESOURCE_EXHAUSTED, TOO_MANY_WAITING).
+wait at a session (RESOURCE_EXHAUSTED, TOO_MANY_WAITING). A call that ends leaves the line
+within a second, unless the same turn is asked for again at once.
 """
 ON_CONFLICT_SUPERSEDE: OnConflict.ValueType  # 3
 """Stop the running turn as StopChat does, keeping what there is of its answer."""
