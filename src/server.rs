@@ -40,7 +40,7 @@ use crate::{
     config::Listen,
     error, metrics,
     pb::chat_memory_server::ChatMemoryServer,
-    service::{Limits, Service},
+    service::{self, Limits, Service},
     socket::Socket,
     store::Store,
     telemetry,
@@ -339,9 +339,10 @@ impl tower::Service<http::Request<Body>> for Services {
         tower::Service::<http::Request<Body>>::poll_ready(&mut self.others, context)
     }
 
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let service = request.uri().path().split('/').nth(1).unwrap_or_default();
         if service == ChatMemoryServer::<Service>::NAME {
+            service::note_deadline(&mut request);
             Either::Left(self.memory.call(request))
         } else if service.starts_with(REFLECTION_PREFIX) {
             Either::Right(REFLECTION.clone().call(request))

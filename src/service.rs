@@ -9,6 +9,7 @@ use std::{
 };
 
 use futures_util::{Stream, stream};
+use http::HeaderMap;
 use prost::Message as _;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
@@ -18,7 +19,7 @@ use tokio_util::{
     sync::CancellationToken,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
-use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tonic::{Request, Response, Status};
 use ulid::Ulid;
 
 use crate::{
@@ -151,7 +152,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::AppendRequest>,
     ) -> Result<Response<pb::AppendResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let call = AppendCall::parse(request.into_inner())?;
 
         let time_ms = now_ms();
@@ -189,7 +190,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::GetMessagesRequest>,
     ) -> Result<Response<pb::GetMessagesResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let request = wire::parse_messages_request(request.into_inner()).map_err(Error::from)?;
 
         let response = match request {
@@ -211,7 +212,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::ClearRequest>,
     ) -> Result<Response<pb::ClearResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let session = SessionId::parse(request.into_inner().session_id).map_err(Error::from)?;
 
         let deleted = within(deadline, true, self.store.clear(&session)).await?;
@@ -227,7 +228,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::ChatRequest>,
     ) -> Result<Response<ChatStream>, Status> {
         let call = self.calls.token();
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let chat = parse_call(request.into_inner())?;
 
         let follower = until(deadline, self.turns.chat(chat)).await??;
@@ -240,7 +241,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::StopChatRequest>,
     ) -> Result<Response<pb::StopChatResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let request = request.into_inner();
         let session = SessionId::parse(request.session_id).map_err(Error::from)?;
         check_name("turn_id", &request.turn_id, NAME_BYTES_MAX).map_err(Error::from)?;
@@ -266,7 +267,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         &self,
         request: Request<pb::WatchRequest>,
     ) -> Result<Response<WatchStream>, Status> {
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let (session, after, include_raw) =
             sessions::parse_watch(request.into_inner()).map_err(Error::from)?;
         let watcher = Watcher {
@@ -285,7 +286,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::GetSessionRequest>,
     ) -> Result<Response<pb::GetSessionResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let session = SessionId::parse(request.into_inner().session_id).map_err(Error::from)?;
 
         let portrait = within(deadline, false, self.sessions.get(&session)).await??;
@@ -300,7 +301,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::UpdateSessionRequest>,
     ) -> Result<Response<pb::UpdateSessionResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let (session, update) =
             sessions::parse_update(request.into_inner()).map_err(Error::from)?;
 
@@ -316,7 +317,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::ListSessionsRequest>,
     ) -> Result<Response<pb::ListSessionsResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let (mut list, scope) = sessions::parse_list(request.into_inner()).map_err(Error::from)?;
         let wanted = list.limit;
 
@@ -343,7 +344,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::RewindRequest>,
     ) -> Result<Response<pb::RewindResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let call = RewindCall::parse(request.into_inner())?;
 
         let rewound = self
@@ -359,7 +360,7 @@ impl pb::chat_memory_server::ChatMemory for Service {
         request: Request<pb::ForkRequest>,
     ) -> Result<Response<pb::ForkResponse>, Status> {
         let _entry = self.enter()?;
-        let deadline = deadline(request.metadata());
+        let deadline = deadline(&request);
         let (session, fork) = sessions::parse_fork(request.into_inner()).map_err(Error::from)?;
         let to = fork.to.clone();
 
@@ -656,10 +657,27 @@ fn render_event(number: i64, event: Event) -> pb::ChatResponse {
     }
 }
 
-/// The moment at which the caller gives up, from the header that gRPC sends: a number of at most
-/// eight digits and a unit.
-fn deadline(metadata: &MetadataMap) -> Option<Instant> {
-    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+/// The moment at which a caller gives up.
+#[derive(Clone, Copy)]
+struct Deadline(Instant);
+
+/// Notes the caller's deadline, counted from now on. tonic has a clock of its own for a call, which
+/// starts after this has been called with its head: so ours never runs out later, also where the
+/// body of a request is late, and the caller gets our error. Where no body comes, it is tonic's.
+pub fn note_deadline<B>(request: &mut http::Request<B>) {
+    if let Some(deadline) = read_deadline(request.headers()) {
+        request.extensions_mut().insert(Deadline(deadline));
+    }
+}
+
+fn deadline<T>(request: &Request<T>) -> Option<Instant> {
+    let noted: Option<&Deadline> = request.extensions().get();
+    noted.map(|deadline| deadline.0)
+}
+
+/// The deadline from the header that gRPC sends: a number of at most eight digits and a unit.
+fn read_deadline(headers: &HeaderMap) -> Option<Instant> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if number.len() > 8 || !number.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
@@ -712,10 +730,10 @@ mod tests {
     #[test]
     fn a_deadline_is_read_in_every_unit_and_nonsense_is_none() {
         let at = |text: &str| {
-            let mut metadata = MetadataMap::new();
-            metadata.insert("grpc-timeout", text.parse().unwrap());
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", text.parse().unwrap());
             let now = Instant::now();
-            deadline(&metadata).map(|deadline| (deadline - now).as_millis())
+            read_deadline(&headers).map(|deadline| (deadline - now).as_millis())
         };
         for (text, ms) in [
             ("1H", 3_600_000),

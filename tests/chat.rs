@@ -4,7 +4,7 @@
 
 mod harness;
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use chat_memory::{
     model::{Model, provider, retry},
@@ -19,7 +19,13 @@ use harness::{
     },
     wait,
 };
-use tonic::Code;
+use http_body_util::StreamBody;
+use hyper::body::{Bytes, Frame};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost::Message as _;
+use tokio::net::TcpStream;
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tonic::{Code, Status};
 
 fn model(provider: &Provider) -> Arc<dyn Model> {
     rustls::crypto::aws_lc_rs::default_provider()
@@ -531,6 +537,55 @@ async fn the_callers_deadline_ends_its_stream_and_not_the_turn() {
     assert_eq!((told.text().as_str(), told.reason().as_str()), ("ab", ""));
     assert_eq!(contents(&mut client, "s").await, ["hi", "ab"]);
     assert_eq!(provider.request_count(), 1);
+}
+
+/// A call over HTTP/2 as it is, for tonic's client keeps deadlines itself. Its body comes late.
+async fn ask_late(server: &TestServer, request: &pb::ChatRequest, timeout: &str) -> Status {
+    let (body, late) = tokio::sync::mpsc::channel(1);
+    let frames = ReceiverStream::new(late).map(|bytes| Ok::<_, Infallible>(Frame::data(bytes)));
+    let call = http::Request::post(format!(
+        "http://{}/chatmemory.v1.ChatMemory/Chat",
+        server.tcp
+    ))
+    .header("content-type", "application/grpc")
+    .header("te", "trailers")
+    .header("grpc-timeout", timeout)
+    .body(StreamBody::new(frames))
+    .unwrap();
+    let socket = TokioIo::new(TcpStream::connect(&server.tcp).await.unwrap());
+    let client = hyper::client::conn::http2::handshake(TokioExecutor::new(), socket);
+    let (mut client, connection) = client.await.unwrap();
+    tokio::spawn(connection);
+    let answer = client.send_request(call);
+    let message = request.encode_to_vec();
+    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
+    let bytes = Bytes::from([&[0], &length[..], &message[..]].concat());
+    let send = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        body.send(bytes).await.unwrap();
+        drop(body);
+    };
+    let (answer, ()) = tokio::join!(answer, send);
+    Status::from_header_map(answer.unwrap().headers()).expect("an error")
+}
+
+#[tokio::test]
+async fn the_callers_deadline_counts_from_the_head_of_the_call_and_has_its_details() {
+    let (provider, server) = with_provider().await;
+    provider.answer(Script::begin().say("a").hang());
+    let mut client = server.client().await;
+    let mut stream = client.chat(chat("s", "hi")).await.unwrap().into_inner();
+    wait_for_text(&mut stream).await;
+    let queued = pb::ChatRequest {
+        on_conflict: pb::OnConflict::Queue.into(),
+        ..chat("s", "then")
+    };
+    let status = ask_late(&server, &queued, "2S").await;
+    assert_eq!(
+        (status.code(), reason(&status).as_str()),
+        (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+        "{status:?}"
+    );
 }
 
 #[tokio::test]
