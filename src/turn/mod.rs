@@ -268,17 +268,23 @@ impl Turns {
                     other => other,
                 });
             };
-            // A caller that goes away must not leave a lease that nobody has: this runs on.
+            // A caller that goes away must not keep a place in line, also if it has one by this.
+            if call.on_conflict == OnConflict::Wait {
+                place.get_or_insert_with(|| self.hold_place(&call));
+            }
+            // Nor must it leave a lease that nobody has: this runs on.
             let beginning = self
                 .clone()
                 .begin(call.clone(), request.clone(), token, permit);
             let begun = shared.tasks.spawn(beginning).await;
-            match begun.map_err(|_| Error::Internal)?? {
-                Begun::Leased(_) => {
-                    if let Some(place) = place.take() {
-                        place.send(()).ok();
-                    }
-                }
+            let begun = begun.map_err(|_| Error::Internal)??;
+            if !matches!(begun, Begun::Waiting { .. })
+                && let Some(place) = place.take()
+            {
+                place.send(()).ok();
+            }
+            match begun {
+                Begun::Leased(_) => {}
                 Begun::Exists(_) => return Ok(Follower::stored(self.clone(), &call)),
                 Begun::Busy {
                     turn,
@@ -300,7 +306,6 @@ impl Turns {
                     }
                 }
                 Begun::Waiting { expired, .. } => {
-                    place.get_or_insert_with(|| self.hold_place(&call));
                     if let Some(turn) = expired {
                         self.adopt(&call.session, turn).await?;
                     }
