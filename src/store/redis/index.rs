@@ -633,6 +633,7 @@ impl Entries {
                     }
                 }
                 self.enter(&entries).await?;
+                self.look_at_changed(&entries).await?;
             }
             if next == "0" {
                 return Ok(count);
@@ -693,6 +694,34 @@ impl Entries {
             cursor = String::from_utf8_lossy(&next).into_owned();
             time::sleep_until(began + pause).await;
         }
+    }
+
+    /// Looks at those that have facts. With the message that has changed the list, others may have let it
+    /// live longer, as LangChain does, and tell nobody: what is beside it must not go before it.
+    async fn look_at_changed(&self, changed: &[Entry]) -> std::result::Result<(), Failure> {
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let keys = |entry: &Entry| Keys::new(&self.prefix, &entry.session);
+        let mut commands = redis::pipe();
+        commands.ignore_errors();
+        for entry in changed {
+            commands.cmd("EXISTS").arg(keys(entry).in_order()[1]);
+        }
+        let have_facts = self.query(&commands).await?;
+        for (entry, has_facts) in changed.iter().zip(have_facts) {
+            if has_facts == Value::Int(1) {
+                let keys = keys(entry);
+                let mut script = Invocation::new(&self.scripts.look, &keys.in_order());
+                script.arg(0).arg(0);
+                // One that does not make sense is told to whoever asks for it.
+                match self.connection.run_repeatable(&script).await {
+                    Ok(_) | Err(Failure::Refused(_)) => {}
+                    Err(failure) => return Err(failure),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Settles what was announced by calls that did not come to their end. Mostly there is none.

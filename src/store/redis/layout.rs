@@ -8,8 +8,8 @@ use crate::store::sessions::{REWINDS_MAX, Upkeep};
 use crate::store::turns::{FOLLOWED_EVERY_MS, PLACE_MS, WAITING_MAX};
 use crate::store::{REQUEST_MEMORY_MS, TOMBSTONE_MS};
 
-/// How long the facts of a session that was cleared outlive its list at least, in ms, and a turn that
-/// runs the list's expiry: longer than any turn runs (at most an hour), so that a turn finds out that its
+/// How long the facts of a session that was cleared outlive its list, in ms, and a turn that runs
+/// the list's expiry: longer than any turn runs (at most an hour), so that a turn finds out that its
 /// session was cleared, and is stored although the list has expired.
 const LINGER_MS: i64 = 60 * 60 * 1000;
 

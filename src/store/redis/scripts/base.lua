@@ -22,12 +22,12 @@ local function clock()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- Lets a key expire in `left` ms, if it exists: at once if there is nothing left, and else up to two
--- seconds late, but never early. Writes only what makes a difference, since every write goes to the
+-- Lets a key expire in `left` ms, if it exists: at once if there is nothing left, and else up to a
+-- second late, but never early. Writes only what makes a difference, since every write goes to the
 -- replicas and the log. What it has may be known.
 local function expire_in(key, left, has)
   has = has or redis.call('PTTL', key)
-  local late = math.min(1000, left / 50)
+  local late = math.min(500, left / 100)
   if has ~= -2 and (has < left or has > left + 2 * late) then
     redis.call('PEXPIRE', key, decimal(left + late))
   end

@@ -207,28 +207,14 @@ local function forget_completed(session)
   end
 end
 
--- How much longer than the list what is beside it lives, where the list lives `left` ms: as long again.
--- Others may let the list live longer, as LangChain does with each message, and then nobody tells us.
-local function spare(left)
-  return math.max(0, math.min(left, REQUEST_MEMORY_MS))
-end
-
--- When the turns go with the list, in ms since 1970; nil if they do not. They hold what was said, so only
--- where others set the list's expiry do they outlive it.
-local function turns_until(session)
-  local left = session.expires_at and session.expires_at - session.now
-  local is_ours = (session.ttl or TTL_MS or 0) > 0
-  return left and session.expires_at + (is_ours and 0 or spare(left))
-end
-
--- Lets {K}:turns live as long as the newest of its records, or until they go with the list, also where
--- that lives longer than it did. A turn that runs goes on without the list.
+-- Lets {K}:turns live as long as the newest of its records, but no longer than the list; also where that
+-- lives longer than it did. A turn that runs goes on without the list.
 local function keep_turns(session)
   local values = redis.pcall('HMGET', TURNS, 'running', 'last_turn')
   if values.err or not values[2] then
     return
   end
-  local left = (turns_until(session) or math.huge) - session.now
+  local left = (session.expires_at or math.huge) - session.now
   if values[1] and values[1] ~= '' then
     left = math.max(left, LINGER_MS)
   end
@@ -269,12 +255,11 @@ local function note_day(session, day, how)
 end
 
 -- Lets the records of a day expire an hour after the end of the following day, when all of them are
--- over 24 hours old; or after the list, if that is earlier.
+-- over 24 hours old; or with the list, if that is earlier.
 local function expire_requests(session, day)
   local left = (day + 2) * REQUEST_MEMORY_MS + LINGER_MS - session.now
   if session.expires_at then
-    local left_of_list = session.expires_at - session.now
-    left = math.min(left, left_of_list + spare(left_of_list))
+    left = math.min(left, session.expires_at - session.now)
   end
   expire_in(REQUESTS[day % 2], left)
 end
@@ -316,11 +301,13 @@ local function save(session)
       redis.call('PERSIST', SESSION)
     end
   else
-    -- The facts outlive the list. Those of a session that was cleared live an hour longer at least:
-    -- for a turn that runs, which must find that it was cleared; and where they hold a base and there
-    -- is no list, for those who remember sequences. A session that expires starts at 1 again.
+    -- The facts live as long as the list. Those of a session that was cleared live longer: for a
+    -- turn that runs, which must find that it was cleared; and where they hold a base and there is no
+    -- list, for those who remember sequences. A session that expires starts at 1 again.
     local left = (session.expires_at or session.now) - session.now
-    left = left + math.max(spare(left), session.epoch > 0 and LINGER_MS or 0)
+    if session.epoch > 0 then
+      left = left + LINGER_MS
+    end
     if session.base > 0 and session.length == 0 then
       left = math.max(left, TOMBSTONE_MS)
     end

@@ -39,8 +39,8 @@
 -- (decimal) and, if it is not 1, `:` and the count. Small, since there is one for each write. 8 bytes
 -- of the id tell a million requests of a day apart, but for one session in ten million, and there a
 -- request is refused as one that was used: a message would be lost only if both hashes were the same.
--- It is remembered until the end of the following day: 24 to 49 hours; but no longer than the list,
--- and as long again. Days are UTC.
+-- It is remembered until the end of the following day: 24 to 49 hours; but no longer than the list.
+-- Days are UTC.
 --
 -- Redis' own clock (TIME) is the one used here: it is the one that expires keys, and all replicas of
 -- the server share it. Only the plain case of an append goes by the server's day: records stay an hour

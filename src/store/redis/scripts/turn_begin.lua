@@ -120,7 +120,7 @@ local record = {
   first_chunk = 0,
   next_chunk = 0,
   stop = '',
-  list_until_ms = turns_until(session),
+  list_until_ms = session.expires_at,
 }
 if found then
   -- What was said before is of no use to anyone once the turn runs anew; its numbers stay taken.

@@ -63,7 +63,7 @@ else
 end
 record.outcome = ARGV[5]
 record.forget_ms = now + tonumber(ARGV[3])
-record.list_until_ms = turns_until(session)
+record.list_until_ms = session.expires_at
 write(turn, record, others, now)
 if is_completed then
   redis.call('HDEL', TURNS, request_field(turn))

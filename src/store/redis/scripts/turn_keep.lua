@@ -61,7 +61,7 @@ local left = math.max(record.forget_ms - now, has)
 if record.list_until_ms then
   left = math.min(left, math.max(record.list_until_ms - now, LINGER_MS))
 end
-local late = math.min(1000, left / 50)
+local late = math.min(500, left / 100)
 if has < left or has > left + 2 * late then
   redis.call('PEXPIRE', TURNS, string.format('%.0f', left + late))
 end

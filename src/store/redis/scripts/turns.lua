@@ -33,7 +33,7 @@
 --   indexed_ms     when the turn was last entered into the index of running turns; the file has no
 --                  such index, and so no such field
 --   forget_ms      when the record is forgotten
---   list_until_ms  when it goes with the list, as far as begin and end have seen; nil if it does not
+--   list_until_ms  when the list expires; nil if it does not, as far as begin and end have seen
 --   outcome        how it ended, unless it runs
 --   first, count, time_ms   what was stored, and the caller's time as text, if it has completed
 --
@@ -45,8 +45,7 @@
 --
 -- Leased, in replies: { 'leased', attempt, first event, next chunk, name, print, request, stop }.
 --
--- The whole key expires when its last record is forgotten, and with the list, unless a turn runs; where
--- others set the list's expiry, after it.
+-- The whole key expires when its last record is forgotten, and with the list, unless a turn runs.
 
 local function request_field(turn)
   return turn .. 'request'
