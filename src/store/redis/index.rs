@@ -554,7 +554,8 @@ impl Entries {
     /// Brings the index up to date with what others have done, unless another server does, or has
     /// just done so. Says when to try again.
     ///
-    /// It costs Redis a SCAN over all keys and an LLEN for each list: at 200,000 lists, some 3 % of
+    /// It costs Redis a SCAN over all keys and an LLEN for each list, and a look at each session with
+    /// facts whose list others have changed: at 200,000 lists, some 3 % of
     /// the time of its core; from a million keys on it is slower, not dearer. To an eviction by least recent use, these are
     /// uses. A list that was replaced by one of the same length is not seen to have changed.
     async fn round(&self) -> std::result::Result<Duration, Failure> {
@@ -702,26 +703,32 @@ impl Entries {
         if changed.is_empty() {
             return Ok(());
         }
-        let keys = |entry: &Entry| Keys::new(&self.prefix, &entry.session);
         let mut commands = redis::pipe();
         commands.ignore_errors();
         for entry in changed {
-            commands.cmd("EXISTS").arg(keys(entry).in_order()[1]);
+            let keys = Keys::new(&self.prefix, &entry.session);
+            let [_, facts, ..] = keys.in_order();
+            commands.cmd("EXISTS").arg(facts);
         }
         let have_facts = self.query(&commands).await?;
         for (entry, has_facts) in changed.iter().zip(have_facts) {
             if has_facts == Value::Int(1) {
-                let keys = keys(entry);
-                let mut script = Invocation::new(&self.scripts.look, &keys.in_order());
-                script.arg(0).arg(0);
                 // One that does not make sense is told to whoever asks for it.
-                match self.connection.run_repeatable(&script).await {
+                match self.look(&entry.session).await {
                     Ok(_) | Err(Failure::Refused(_)) => {}
                     Err(failure) => return Err(failure),
                 }
             }
         }
         Ok(())
+    }
+
+    /// Looks at a session, and so takes note of what others have done to it.
+    async fn look(&self, session: &SessionId) -> std::result::Result<Value, Failure> {
+        let keys = Keys::new(&self.prefix, session);
+        let mut script = Invocation::new(&self.scripts.look, &keys.in_order());
+        script.arg(0).arg(0);
+        self.connection.run_repeatable(&script).await
     }
 
     /// Settles what was announced by calls that did not come to their end. Mostly there is none.
@@ -757,10 +764,7 @@ impl Entries {
         session: &SessionId,
         token: &str,
     ) -> std::result::Result<(), Failure> {
-        let keys = Keys::new(&self.prefix, session);
-        let mut script = Invocation::new(&self.scripts.look, &keys.in_order());
-        script.arg(0).arg(0);
-        let value = self.connection.run_repeatable(&script).await?;
+        let value = self.look(session).await?;
         match Reply::of(value).and_then(parse_seen) {
             Ok((seen, version)) if seen.count > 0 => {
                 let entered = self.scores(&[session]).await?.into_iter().flatten().next();
